@@ -1,0 +1,473 @@
+"""Runs rows of the registry: correctness gate first, then times, ceilings and peers of the same run.
+
+`python -m bench.run [--rows GLOB] [--out FILE.json] [--device cuda|cpu] [--cold]`. Exit code 0: every row was right
+and timed; 1: a row was wrong, broke, or was not reached in time; 2: nothing to run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import fnmatch
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.registry import COLD_ROWS, ROWS, Call, Peer, Row
+
+SCHEMA = 1
+COLD_TIMEOUT_S = 120
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run measures. Times in ms; copy_mib: size of the ceiling's copy; matmul_n: its square product."""
+
+    device: torch.device
+    warmup_ms: float
+    rep_ms: float
+    copy_mib: int
+    matmul_n: int
+
+    @property
+    def uses_triton_timer(self) -> bool:
+        return self.device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; nothing to wait for on the CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def time_ms(fn: Callable[[], object], settings: Settings) -> dict[str, float]:
+    """Median, 20th and 80th percentile of the time of `fn`, in ms.
+
+    CUDA: events, the L2 cache flushed before each call (`triton.testing.do_bench`). Else: host clock around the call.
+    """
+    if settings.uses_triton_timer:
+        from triton.testing import do_bench
+
+        quantiles = do_bench(fn, warmup=settings.warmup_ms, rep=settings.rep_ms, quantiles=[0.5, 0.2, 0.8])
+        return dict(zip(("ms", "p20_ms", "p80_ms"), quantiles, strict=True))
+    return _host_clock([fn], settings)[0]
+
+
+def _host_clock(fns: Sequence[Callable[[], object]], settings: Settings) -> list[dict[str, float]]:
+    """Times of each of `fns`, called in turn, so that what else the machine does falls on all alike."""
+    times: list[list[float]] = [[] for _ in fns]
+    warm_until = time.perf_counter() + 1e-3 * settings.warmup_ms
+    until = warm_until + 1e-3 * settings.rep_ms * len(fns)
+    for fn in fns:
+        fn()
+    while time.perf_counter() < until or len(times[0]) < 5:
+        for fn, mine in zip(fns, times, strict=True):
+            synchronize(settings.device)
+            begin = time.perf_counter()
+            fn()
+            synchronize(settings.device)
+            if begin >= warm_until:
+                mine.append(1e3 * (time.perf_counter() - begin))
+    return [{"ms": statistics.median(t), **_p20_p80(t)} for t in times]
+
+
+def _p20_p80(times: Sequence[float]) -> dict[str, float]:
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return {"p20_ms": cuts[1], "p80_ms": cuts[7]}
+
+
+def time_against(
+    fn: Callable[[], object], ours: Callable[[], object], ours_ms: float, settings: Settings
+) -> dict[str, float]:
+    """Times of a peer, and its `speedup`: its time over ours, above 1 where ours is faster.
+
+    A CPU shares its time with others, so there ours is timed again in turn with the peer for that ratio.
+    """
+    if settings.uses_triton_timer:
+        times = time_ms(fn, settings)
+    else:
+        times, again = _host_clock([fn, ours], settings)
+        ours_ms = again["ms"]
+    return {**times, "speedup": times["ms"] / ours_ms}
+
+
+def _copy_gb_per_s(settings: Settings) -> float:
+    source = torch.empty(settings.copy_mib << 20, dtype=torch.uint8, device=settings.device).random_()
+    target = torch.empty_like(source)
+    return 2 * source.numel() / time_ms(lambda: target.copy_(source), settings)["ms"] / 1e6
+
+
+def _matmul_tflop_per_s(settings: Settings, dtype: torch.dtype) -> float:
+    n = settings.matmul_n
+    a, b = (torch.randn(n, n, dtype=dtype, device=settings.device) for _ in range(2))
+    return 2 * n**3 / time_ms(lambda: a @ b, settings)["ms"] / 1e9
+
+
+def measure_ceilings(settings: Settings) -> dict[str, Any]:
+    """What this device does at best: GB/s of a large copy (read plus written), TFLOP/s of a square product."""
+    dtype = torch.bfloat16 if settings.device.type == "cuda" else torch.float32
+    return {
+        "copy_gb_per_s": _copy_gb_per_s(settings),
+        "matmul_tflop_per_s": _matmul_tflop_per_s(settings, dtype),
+        "matmul_dtype": str(dtype),
+    }
+
+
+# ---- the correctness gate
+
+
+def _row_errors(out: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """Relative L2 error of each vector of the last dimension, in fp64."""
+    return torch.linalg.vector_norm(out.double() - exact, dim=-1) / torch.linalg.vector_norm(exact, dim=-1)
+
+
+def gate(row: Row, inputs: Any, out: torch.Tensor, generator: torch.Generator) -> dict[str, Any]:
+    """Is `out` right? The worst vector may err twice as much as torch's worst in the same dtype, plus rounding.
+
+    Rounding: one unit of the output's dtype, and fp32 accumulation of `terms` products (grows with the square root).
+    Every element must be finite, so one that was never written (NaN) fails.
+    """
+    unwritten = int((~torch.isfinite(out)).sum())
+    if unwritten:
+        return {"ok": False, "reason": f"{unwritten} of {out.numel()} elements are not finite"}
+    worst: dict[str, Any] = {"ok": True, "error": 0.0, "limit": 0.0}
+    for sample in row.samples(row.shape, inputs, generator):
+        error = float(_row_errors(out[sample.rows], sample.exact).max())
+        rounding = torch.finfo(out.dtype).eps + torch.finfo(torch.float32).eps * sample.terms**0.5
+        limit = 2 * float(_row_errors(sample.same_dtype, sample.exact).max()) + rounding
+        if not error <= limit:
+            return {
+                "ok": False,
+                "error": error,
+                "limit": limit,
+                "reason": f"{sample.label}: relative error {error:.3g} over the limit {limit:.3g}",
+            }
+        if error / limit >= worst["error"] / (worst["limit"] or 1.0):
+            worst = {"ok": True, "error": error, "limit": limit}
+    return worst
+
+
+def check_call(row: Row, inputs: Any, call: Call, generator: torch.Generator) -> dict[str, Any]:
+    """Plan, run twice, and judge: both outputs equal bit for bit, and right."""
+    call.plan()
+    call.run()
+    first = call.out.clone()
+    call.out.fill_(float("nan"))
+    call.run()
+    verdict = gate(row, inputs, call.out, generator)
+    if verdict["ok"] and not torch.equal(first, call.out):
+        return {**verdict, "ok": False, "reason": "two runs on the same inputs gave different bits"}
+    return verdict
+
+
+# ---- one row
+
+
+def time_host(call: Call, run_ms: float, device: torch.device) -> dict[str, float | None]:
+    """Host time in µs: `plan()` from an idle device, and `run()` enqueued many times without waiting (CUDA only)."""
+    plans = []
+    for _ in range(30):
+        synchronize(device)
+        begin = time.perf_counter()
+        call.plan()
+        plans.append(time.perf_counter() - begin)
+    plan_us = 1e6 * statistics.median(plans)
+    if device.type != "cuda":
+        return {"plan_us": plan_us, "run_enqueue_us": None}
+    repeats = max(10, min(100, int(100 / run_ms)))  # few enough that the launch queue never fills
+    enqueues = []
+    for _ in range(5):
+        synchronize(device)
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            call.run()
+        enqueues.append((time.perf_counter() - begin) / repeats)
+    synchronize(device)
+    return {"plan_us": plan_us, "run_enqueue_us": 1e6 * statistics.median(enqueues)}
+
+
+def time_peer(
+    peer: Peer, row: Row, inputs: Any, generator: torch.Generator, timer: Callable[..., dict[str, float]]
+) -> dict[str, Any]:
+    """`timer` of a peer's call; one that cannot run this row, or computes something else, gives the reason."""
+    try:
+        with peer.open(row.shape, inputs) as call:
+            result = call()
+            verdict = {"ok": True} if peer.layout is None else gate(row, inputs, peer.layout(result), generator)
+            return timer(call) if verdict["ok"] else {"reason": verdict["reason"]}
+    except Exception as error:  # a peer that is missing must not hide the row
+        return {"reason": _short(error)}
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+def run_row(row: Row, settings: Settings, ceilings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Everything measured about one row. status: "ok", "failed" (wrong result) or "error" (it broke)."""
+    result: dict[str, Any] = {"device": row.device, "shape": row.shape.fields()}
+    result |= {"bytes": row.shape.num_bytes, "flops": row.shape.num_flops}
+    try:
+        generator = torch.Generator(settings.device).manual_seed(seed)
+        inputs = row.make(row.shape, generator)
+        call = row.call(row.shape, inputs)
+        result["gate"] = check_call(row, inputs, call, generator)
+        if not result["gate"]["ok"]:
+            return {**result, "status": "failed", "reason": result["gate"]["reason"]}
+        times = time_ms(call.run, settings)
+        result |= times | time_host(call, times["ms"], settings.device) | _shares(row, times["ms"], ceilings)
+        timer = partial(time_against, ours=call.run, ours_ms=times["ms"], settings=settings)
+        result["peers"] = {p.name: time_peer(p, row, inputs, generator, timer) for p in row.peers}
+    except Exception as error:  # one broken row must not hide the others; the exit code tells
+        return {**result, "status": "error", "reason": _short(error)}
+    return {**result, "status": "ok"}
+
+
+def _shares(row: Row, ms: float, ceilings: dict[str, Any]) -> dict[str, float]:
+    gb_per_s, tflop_per_s = row.shape.num_bytes / ms / 1e6, row.shape.num_flops / ms / 1e9
+    return {
+        "gb_per_s": gb_per_s,
+        "tflop_per_s": tflop_per_s,
+        "copy_share": gb_per_s / ceilings["copy_gb_per_s"],
+        "matmul_share": tflop_per_s / ceilings["matmul_tflop_per_s"],
+    }
+
+
+# ---- the first call, kernel cache empty
+
+
+def cold_child(row: Row, settings: Settings) -> dict[str, Any]:
+    """Seconds of the first plan and run in this process, and of the second; run it in a fresh process."""
+    generator = torch.Generator(settings.device).manual_seed(0)
+    inputs = row.make(row.shape, generator)
+    seconds = []
+    begin = time.perf_counter()
+    call = row.call(row.shape, inputs)
+    for action in (call.plan, call.run, call.plan, call.run):
+        action()
+        synchronize(settings.device)
+        seconds.append(time.perf_counter() - begin)
+        begin = time.perf_counter()
+    return {"first_plan_s": seconds[0], "first_run_s": seconds[1], "second_s": seconds[2] + seconds[3]}
+
+
+def measure_cold(name: str, device: torch.device) -> dict[str, Any]:
+    """`cold_child` of the row `name` in a subprocess whose Triton cache directory is new."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {**os.environ, "TRITON_CACHE_DIR": cache}
+        command = [sys.executable, "-m", "bench.run", "--cold-child", name, "--device", str(device)]
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=COLD_TIMEOUT_S, check=True
+            )
+        except subprocess.SubprocessError as error:
+            stderr = getattr(error, "stderr", None) or ""
+            tail = (stderr.decode() if isinstance(stderr, bytes) else stderr).strip().splitlines()[-1:]
+            return {"status": "error", "reason": " ".join([_short(error), *tail])}
+    return {"status": "ok", **json.loads(done.stdout.strip().splitlines()[-1])}
+
+
+# ---- the run
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def _output_of(*command: str) -> str | None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
+    return None
+
+
+def _cpu_name() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def find_commit() -> str:
+    """The checkout's commit, with "-dirty" where tracked files differ from it; "unknown" without git."""
+    commit = _output_of("git", "rev-parse", "HEAD")
+    if commit is None:
+        return "unknown"
+    return commit + ("-dirty" if _output_of("git", "status", "--porcelain", "--untracked-files=no") else "")
+
+
+def describe(settings: Settings, commit: str, seed: int) -> dict[str, Any]:
+    """Where, when and with what a run was made."""
+    cuda = settings.device.type == "cuda"
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "host": platform.node(),
+        "commit": commit,
+        "seed": seed,
+        "device": torch.cuda.get_device_name(settings.device) if cuda else _cpu_name(),
+        "driver": _output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if cuda else None,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "cpu_threads": torch.get_num_threads(),
+        "timer": "triton do_bench, L2 flushed" if settings.uses_triton_timer else "perf_counter",
+        "settings": {**asdict(settings), "device": str(settings.device)},
+    }
+
+
+def figure(value: float) -> str:
+    """A rate with as many digits as it deserves."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def format_table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Plain text in aligned columns: the first to the left, the others to the right."""
+    table = [header, *lines]
+    widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in table
+    )
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    peers = (f"{name} {p['speedup']:.2f}x" if "ms" in p else f"{name} n/a" for name, p in row["peers"].items())
+    enqueue = row["run_enqueue_us"]
+    return [
+        row["name"],
+        f"{row['ms']:.4f}",
+        figure(row["gb_per_s"]),
+        f"{row['copy_share']:.2f}",
+        figure(row["tflop_per_s"]),
+        f"{row['plan_us']:.0f}",
+        "-" if enqueue is None else f"{enqueue:.1f}",
+        ", ".join(peers),
+    ]
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The short text printed at the end of a run."""
+    environment, ceilings = results["environment"], results["ceilings"]
+    names = ("device", "torch", "triton", "commit")
+    head = ", ".join(f"{name} {environment[name]}" for name in names)
+    copy, product = ceilings["copy_gb_per_s"], ceilings["matmul_tflop_per_s"]
+    header = ("row", "ms", "GB/s", "of copy", "TFLOP/s", "plan us", "run us", "peer time / ours")
+    cold = [
+        f"cold {c['name']}: first plan {c['first_plan_s']:.2f} s, first run {c['first_run_s']:.2f} s"
+        for c in results["cold"]
+        if c["status"] == "ok"
+    ]
+    problems = [f"{e['status'].upper()} {e['name']}: {e['reason']}" for e in _entries(results) if e["status"] != "ok"]
+    table = format_table(header, [_cells(row) for row in results["rows"] if row["status"] == "ok"])
+    ceiling = f"ceilings: copy {figure(copy)} GB/s, {ceilings['matmul_dtype']} matmul {figure(product)} TFLOP/s"
+    return "\n".join([head, ceiling, table, *cold, *problems])
+
+
+def _entries(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [*results["rows"], *results["cold"]]
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", default="*", metavar="GLOB", help="rows to run, by name")
+    parser.add_argument("--out", type=Path, metavar="FILE.json", help="where the results go")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
+    parser.add_argument("--cold", action="store_true", help="also time first calls with an empty kernel cache")
+    parser.add_argument("--cold-child", metavar="ROW", help=argparse.SUPPRESS)
+    parser.add_argument("--commit", help="the commit measured, where there is no git")
+    parser.add_argument("--seed", type=int, help="of the random inputs; default: a fresh one")
+    parser.add_argument("--limit-s", type=float, default=float("inf"), help="start no row after so many seconds")
+    parser.add_argument("--warmup-ms", type=float, default=25.0)
+    parser.add_argument("--rep-ms", type=float, default=100.0)
+    parser.add_argument("--copy-mib", type=int, help="size of the copy ceiling; default 4096, 256 on the CPU")
+    parser.add_argument("--matmul-n", type=int, help="size of the product ceiling; default 8192, 2048 on the CPU")
+    return parser.parse_args(argv)
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    device = torch.device(args.device)
+    copy_mib, matmul_n = (4096, 8192) if device.type == "cuda" else (256, 2048)
+    return Settings(device, args.warmup_ms, args.rep_ms, args.copy_mib or copy_mib, args.matmul_n or matmul_n)
+
+
+def _save(results: dict[str, Any], path: Path | None) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results, indent=1) + "\n")
+
+
+def run_rows(
+    rows: Sequence[Row], cold_rows: Sequence[Row], settings: Settings, args: argparse.Namespace
+) -> dict[str, Any]:
+    """All results; saved to `args.out` after every row, so that a run cut short leaves what it had."""
+    begin = time.perf_counter()
+    seed = secrets.randbelow(2**31) if args.seed is None else args.seed
+    environment = describe(settings, args.commit or find_commit(), seed)
+    ceilings = measure_ceilings(settings)
+    results: dict[str, Any] = {
+        "schema": SCHEMA,
+        "environment": environment,
+        "ceilings": ceilings,
+        "rows": [],
+        "cold": [],
+    }
+
+    def add(kind: str, row: Row, measure: Callable[[], dict[str, Any]]) -> None:
+        late = time.perf_counter() - begin > args.limit_s
+        entry = {"status": "not run", "reason": f"over --limit-s {args.limit_s:g}"} if late else measure()
+        results[kind].append({"name": row.name, "op": row.op, **entry})
+        _save(results, args.out)
+        print(f"{time.perf_counter() - begin:6.1f} s  {entry['status']}  {kind[:4]} {row.name}", flush=True)
+
+    for row in cold_rows:
+        add("cold", row, partial(measure_cold, row.name, settings.device))
+    for row in rows:
+        add("rows", row, partial(run_row, row, settings, ceilings, seed))
+    return results
+
+
+def main(argv: Sequence[str] | None = None, rows: Sequence[Row] = ROWS) -> int:
+    """The command; `rows` is the table to choose from. Returns the exit code."""
+    args = _parse(argv)
+    settings = _settings(args)
+    if args.cold_child is not None:
+        print(json.dumps(cold_child(next(row for row in rows if row.name == args.cold_child), settings)))
+        return 0
+    here = [row for row in rows if row.device == settings.device.type]
+    chosen = [row for row in here if fnmatch.fnmatch(row.name, args.rows)]
+    cold_rows = [row for row in here if args.cold and row.name in COLD_ROWS]
+    if not chosen or (args.cold and not cold_rows):
+        wanted = "has a cold start to time" if chosen else f"matches {args.rows!r}"
+        print(f"no row for device {settings.device.type!r} {wanted}", file=sys.stderr)
+        return 2
+    results = run_rows(chosen, cold_rows, settings, args)
+    print(f"\n{summary(results)}")
+    return 0 if all(entry["status"] == "ok" for entry in _entries(results)) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

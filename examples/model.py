@@ -1,0 +1,95 @@
+"""A Llama forward pass: matrix multiplications by torch, everything between them by FlashInfer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from attention import PagedAttention
+from torch.nn.functional import embedding, linear
+
+import flashinfer
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shapes of a Llama model; the defaults are the small model of `--random-weights`."""
+
+    vocab_size: int = 258
+    hidden_size: int = 256
+    intermediate_size: int = 512
+    num_layers: int = 4
+    num_qo_heads: int = 8
+    num_kv_heads: int = 2
+    head_dim: int = 32
+    rms_norm_eps: float = 1e-5
+    rope_theta: float = 1e4
+
+    def __post_init__(self) -> None:
+        if self.num_qo_heads % self.num_kv_heads:
+            raise ValueError(f"num_qo_heads {self.num_qo_heads} is not a multiple of num_kv_heads {self.num_kv_heads}.")
+
+
+class Layer(NamedTuple):
+    """One layer's weights, `[out_features, in_features]`; q, k, v are one matrix, so are gate and up."""
+
+    input_norm: torch.Tensor
+    qkv: torch.Tensor
+    attn_out: torch.Tensor
+    post_norm: torch.Tensor
+    gate_up: torch.Tensor
+    down: torch.Tensor
+
+
+class Llama:
+    """Llama over packed tokens.
+
+    weights: tensors under the names of the transformers library; without `lm_head.weight` the embedding is the head.
+    """
+
+    def __init__(self, config: LlamaConfig, weights: dict[str, torch.Tensor]) -> None:
+        self.config = config
+        self.embedding = weights["model.embed_tokens.weight"]
+        self.lm_head = weights.get("lm_head.weight", self.embedding)
+        self.final_norm = weights["model.norm.weight"]
+        self.layers = [self._layer(weights, f"model.layers.{i}.") for i in range(config.num_layers)]
+
+    @staticmethod
+    def _layer(weights: dict[str, torch.Tensor], prefix: str) -> Layer:
+        def stacked(block: str, *names: str) -> torch.Tensor:
+            return torch.cat([weights[f"{prefix}{block}.{name}_proj.weight"] for name in names])
+
+        return Layer(
+            input_norm=weights[prefix + "input_layernorm.weight"],
+            qkv=stacked("self_attn", "q", "k", "v"),
+            attn_out=weights[prefix + "self_attn.o_proj.weight"],
+            post_norm=weights[prefix + "post_attention_layernorm.weight"],
+            gate_up=stacked("mlp", "gate", "up"),
+            down=weights[prefix + "mlp.down_proj.weight"],
+        )
+
+    def forward(self, token_ids: torch.Tensor, attention: PagedAttention, rows: torch.Tensor) -> torch.Tensor:
+        """Logits `[len(rows), vocab_size]` (fp32) of the packed tokens at `rows`.
+
+        token_ids: `[nnz]`, the new tokens of all requests one after another. attention: planned for this step.
+        """
+        eps = self.config.rms_norm_eps
+        # `residual` is the running sum; `x` is what goes into, and comes out of, the next block.
+        residual = embedding(token_ids, self.embedding)
+        x = flashinfer.rmsnorm(residual, self.layers[0].input_norm, eps)
+        next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.final_norm]
+        for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
+            x = self._attention(i, layer, x, attention)
+            flashinfer.fused_add_rmsnorm(x, residual, layer.post_norm, eps)  # residual += x; x = norm(residual)
+            x = linear(flashinfer.silu_and_mul(linear(x, layer.gate_up)), layer.down)
+            flashinfer.fused_add_rmsnorm(x, residual, next_norm, eps)
+        return linear(x[rows], self.lm_head).float()
+
+    def _attention(self, index: int, layer: Layer, x: torch.Tensor, attention: PagedAttention) -> torch.Tensor:
+        c = self.config
+        heads = linear(x, layer.qkv).view(len(x), -1, c.head_dim)
+        q, k, v = heads.split([c.num_qo_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
+        # Llama pairs dimension i with i + head_dim / 2 (interleave=False). q and k are views: no copy is made.
+        flashinfer.apply_rope_pos_ids_inplace(q, k, attention.positions, rope_theta=c.rope_theta)
+        return linear(attention.run(index, q, k, v).flatten(1), layer.attn_out)

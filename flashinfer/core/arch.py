@@ -1,0 +1,44 @@
+"""One frozen row per GPU architecture; the only reader of device capability."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Arch:
+    """What a kernel's support and configuration may depend on.
+
+    name: "cpu" or "smXX". num_sms: multiprocessors. smem_bytes: shared memory one program may take, in bytes.
+    """
+
+    name: str
+    num_sms: int
+    smem_bytes: int
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.name == "cpu"
+
+
+CPU = Arch("cpu", num_sms=4, smem_bytes=0)
+# Shared memory per block (opt-in maximum), CUDA C++ Programming Guide, table "Technical Specifications".
+SMEM_BYTES = {"sm80": 166_912, "sm86": 101_376, "sm89": 101_376, "sm90": 232_448, "sm100": 232_448, "sm120": 101_376}
+
+
+@cache
+def _cuda(index: int) -> Arch:
+    properties = torch.cuda.get_device_properties(index)
+    name = f"sm{properties.major}{properties.minor}"
+    smem = SMEM_BYTES.get(name, properties.shared_memory_per_block_optin)
+    return Arch(name, properties.multi_processor_count, smem)
+
+
+def arch_of(device: torch.device) -> Arch:
+    """The row of `device`."""
+    if device.type != "cuda":
+        return CPU
+    return _cuda(torch.cuda.current_device() if device.index is None else device.index)

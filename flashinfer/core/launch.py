@@ -1,0 +1,58 @@
+"""Prebound launches: a kernel's compiled form, called directly once it is known.
+
+`kernel[grid](...)` binds and specialises every argument anew: 174 us for the attention kernel's nested tuples (host of
+the H200 machine, 2026-11-21). Here the caller names everything that the compiled form depends on in a key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+import triton
+from triton import knobs
+
+# Versions whose CompiledKernel.run has the argument order used below; others take the public route of a compiled kernel.
+DIRECT_VERSIONS = ("3.6",)
+
+
+class Prebound:
+    """Launches one kernel.
+
+    `launcher(grid, key, args, device, num_warps=...)`: args in the kernel's order, constexprs included. key: everything
+    the compiled form depends on besides the device - dtypes, which arguments are None, the values of integers and
+    constexprs, options, and which pointers are aligned to 16 bytes (`alignment`).
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+        self._compiled: dict[tuple[Hashable, int], Any] = {}
+        self._direct = triton.__version__.rpartition(".")[0] in DIRECT_VERSIONS
+
+    def __call__(
+        self, grid: tuple[int, int, int], key: Hashable, args: tuple[Any, ...], device: torch.device, **options: Any
+    ) -> None:
+        if device.type != "cuda":
+            self.kernel[grid](*args, **options)
+            return
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        if index != torch.cuda.current_device():
+            with torch.cuda.device(index):
+                return self(grid, key, args, device, **options)
+        compiled = self._compiled.get((key, index))
+        if compiled is None:
+            self._compiled[key, index] = self.kernel[grid](*args, **options)
+        elif self._direct and not (knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls):
+            stream = triton.runtime.driver.active.get_current_stream(index)
+            compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
+        else:
+            compiled[grid](*args)
+
+
+def alignment(*tensors: torch.Tensor | None) -> int:
+    """One bit a tensor: whether it begins on 16 bytes, which Triton specialises pointers for."""
+    bits = 0
+    for tensor in tensors:
+        bits = bits << 1 | (tensor is not None and tensor.data_ptr() & 15 == 0)
+    return bits

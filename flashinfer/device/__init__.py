@@ -1,0 +1,1 @@
+"""Triton functions used unchanged by two or more ops."""

@@ -1,0 +1,1 @@
+"""One folder per op: its meaning, its plan, its kernels."""

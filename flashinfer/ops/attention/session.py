@@ -1,0 +1,139 @@
+"""The state behind a wrapper: what was planned, on which implementation, in which memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from flashinfer.core import check
+from flashinfer.core.arch import arch_of
+from flashinfer.core.select import select
+from flashinfer.core.workspace import Arena
+from flashinfer.ops.attention import IMPLS
+from flashinfer.ops.attention.options import Options
+from flashinfer.ops.attention.spec import AttentionSpec, Batch, Scales, Tensors
+from flashinfer.ops.attention.variant import Variant
+
+
+class Session:
+    """Plans a batch, then runs it any number of times.
+
+    device: of the queries. backend: the name asked for. buffer: the user's workspace or None. fixed_addresses: CUDA
+    graphs replay this session's runs, so that plans write to where the first one did. extra: a user's variant, composed
+    after the one that the options mean.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        backend: str = "auto",
+        buffer: torch.Tensor | None = None,
+        fixed_addresses: bool = False,
+        extra: Variant | None = None,
+    ) -> None:
+        self.arena = Arena(device, buffer)
+        self.device = device
+        self.request = backend
+        self.backend = backend
+        self.fixed_addresses = fixed_addresses
+        self.extra = extra
+        self._impl: ModuleType | None = None
+        self._batch: Batch | None = None
+        self._mask: Variant | None = None
+        self._plan: Any = None
+        self._rows: int | None = None
+
+    def plan(self, spec: AttentionSpec, batch: Batch, options: Options, mask: Variant | None = None) -> None:
+        """Choose an implementation and schedule `batch`; waits for the first `run` where only that tells the rows."""
+        if self.fixed_addresses and batch.total_rows is None:
+            batch = batch._replace(total_rows=self._rows)
+        variant = options.variant(spec.num_qo_heads, spec.head_dim_qk, self.device, mask)
+        if self.extra is not None:
+            variant &= self.extra
+        self.options, self.variant, self._batch, self._mask = options, variant, batch, mask
+        self.spec = replace(spec, variant=variant.names)
+        impl = select(IMPLS, self.spec, arch_of(self.device), self.request)
+        self._impl, self.backend = impl.load(), impl.name
+        self._plan = None
+        if batch.total_rows is not None:
+            self._schedule(batch)
+
+    def invalidate(self) -> None:
+        """Forget the plan: its memory is gone."""
+        self._batch = self._plan = None
+        self.arena.frozen = False
+
+    def replan(self, options: Options) -> None:
+        """Plan the same batch with other options, if they are others."""
+        self.require_plan()
+        if options != self.options:
+            assert self._batch is not None
+            self.plan(self.spec, self._batch, options, self._mask)
+
+    def _schedule(self, batch: Batch) -> None:
+        assert self._impl is not None
+        self._plan = self._impl.plan(self.spec, batch, self.variant, self.arena)
+        self._rows = batch.total_rows
+        self._batch = batch
+        self.arena.frozen = self.fixed_addresses
+
+    def require_plan(self) -> None:
+        if self._batch is None:
+            raise RuntimeError("run() was called before plan(). Call plan(...) with this step's index arrays first.")
+
+    def run(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        scales: Scales,
+        out: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+        return_lse: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Attend: q `[rows, num_qo_heads, head_dim_qk]`, k and v NHD pages. `out`, `lse` are written where given."""
+        self.require_plan()
+        assert self._impl is not None and self._batch is not None
+        q, k, v = qkv
+        self._check_inputs(q, k, v)
+        rows, heads = q.shape[0], self.spec.num_qo_heads
+        if self._plan is None:
+            self._schedule(self._batch._replace(total_rows=rows))
+        elif rows != self._batch.total_rows and not (self.fixed_addresses and rows >= (self._batch.total_rows or 0)):
+            raise ValueError(
+                check.problem("q", f"{rows} rows", f"{self._batch.total_rows} as planned", "Plan again for this batch.")
+            )
+        out = self._output("out", out, (rows, heads, self.spec.head_dim_vo), self.spec.o_dtype, q)
+        if return_lse or lse is not None:
+            lse = self._output("lse", lse, (rows, heads), torch.float32, q)
+        self._impl.run(self.spec, self._plan, Tensors(q, k, v, out, lse), self.variant, scales)
+        return (out, lse) if return_lse and lse is not None else out
+
+    def _output(
+        self, name: str, given: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, q: torch.Tensor
+    ) -> torch.Tensor:
+        if given is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        return check.tensor(name, given, dtypes=(dtype,), shape=shape, like=("q", q), inner_contiguous=True)
+
+    def _check_inputs(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        spec = self.spec
+        check.tensor(
+            "q", q, dtypes=(spec.q_dtype,), shape=(None, spec.num_qo_heads, spec.head_dim_qk), inner_contiguous=True
+        )
+        if q.device != self.device:
+            raise ValueError(
+                check.problem(
+                    "q", f"a tensor on {q.device}", f"one on {self.device}, as the workspace", "Use one device for both."
+                )
+            )
+        for name, x, dim in (("k", k, spec.head_dim_qk), ("v", v, spec.head_dim_vo)):
+            shape = (None, spec.page_size, spec.num_kv_heads, dim)
+            check.tensor(name, x, dtypes=(spec.kv_dtype,), shape=shape, like=("q", q), inner_contiguous=True)
+        if k.shape[0] != v.shape[0]:
+            raise ValueError(check.problem("v", f"{v.shape[0]} pages or tokens", f"{k.shape[0]} as k", "Pass both whole."))
+        least = self._batch.min_pages if self._batch is not None else None
+        if least is not None and k.shape[0] < least:
+            got = f"{k.shape[0]} pages (tokens if ragged)"
+            raise ValueError(check.problem("k", got, f"at least {least}, as planned", "Check the indices given to plan."))

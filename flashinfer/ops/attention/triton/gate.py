@@ -1,0 +1,153 @@
+"""What the offline compile gate compiles of this folder: each path of the kernels, in each architecture's configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from flashinfer.core.arch import SMEM_BYTES, Arch
+from flashinfer.ops.attention import variants
+from flashinfer.ops.attention.spec import AttentionSpec
+from flashinfer.ops.attention.triton.configs import block_m_for, choose
+from flashinfer.ops.attention.triton.hooks import hooks_of, traits_of
+from flashinfer.ops.attention.triton.kernel import Outputs, Partials, Queries, attention_kernel
+from flashinfer.ops.attention.triton.planner import Requests, ScheduleTables, planner_kernel
+from flashinfer.ops.attention.triton.tiles import Factors, Pages
+from flashinfer.ops.attention.variant import Variant
+from flashinfer.testing.gate import AMD_ARCHS, NVIDIA_ARCHS, GateCase
+
+TYPES = {
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float8_e4m3fn: "*fp8e4nv",
+    torch.float8_e5m2: "*fp8e5",
+    torch.uint8: "*u8",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
+# AMD GPUs have 64 KiB of shared memory a workgroup (CDNA 3 ISA guide); the other numbers do not enter a compilation.
+AMD = {name: Arch(name, 304, 65_536) for name in AMD_ARCHS}
+ARCHS = {name: Arch(name, 132, SMEM_BYTES[name]) for name in NVIDIA_ARCHS} | AMD
+
+
+class Problem(NamedTuple):
+    """One compiled path. rows: queries of a request; 0 = a uniform single query (decode)."""
+
+    name: str
+    variant: Variant
+    rows: int = 0
+    paged: bool = True
+    head_dims: tuple[int, int] = (128, 128)
+    q_dtype: torch.dtype = torch.bfloat16
+    kv_dtype: torch.dtype | None = None
+    archs: tuple[str, ...] = NVIDIA_ARCHS
+
+    def spec(self) -> AttentionSpec:
+        kv_dtype = self.kv_dtype or self.q_dtype
+        page_size = 16 if self.paged else 1
+        dtypes = (self.q_dtype, kv_dtype, self.q_dtype)
+        return AttentionSpec(32, 8, *self.head_dims, page_size, self.paged, *dtypes, 1 if self.rows == 0 else None)
+
+
+def _problems() -> Iterator[Problem]:
+    plain, causal = Variant(), variants.causal()
+    meta = torch.empty(0)
+    mask = variants.custom_mask(meta.to(torch.uint8), meta.to(torch.int32))
+    everything = variants.rope(1.0, 1e4, 128) & variants.soft_cap(30.0) & variants.alibi(meta) & mask
+    yield Problem("decode", plain, archs=NVIDIA_ARCHS + AMD_ARCHS)
+    yield Problem("decode_window_cap", variants.soft_cap(30.0) & variants.sliding_window(100))
+    yield Problem("decode_fp8", plain, kv_dtype=torch.float8_e4m3fn, archs=("sm89", "sm90", "sm100", "sm120"))
+    yield Problem("decode_d80_fp16", plain, head_dims=(80, 80), q_dtype=torch.float16)
+    yield Problem("decode_d512", plain, head_dims=(512, 512))
+    yield Problem("append", causal, rows=8)
+    yield Problem("prefill_paged", causal, rows=4096, archs=NVIDIA_ARCHS + AMD_ARCHS)
+    yield Problem("prefill_ragged", causal, rows=4096, paged=False)
+    yield Problem("prefill_d64", plain, rows=4096, paged=False, head_dims=(64, 64))
+    yield Problem("prefill_d256", causal, rows=4096, head_dims=(256, 256))
+    yield Problem("prefill_d192_128", causal, rows=4096, paged=False, head_dims=(192, 128))
+    yield Problem("prefill_fp32", causal, rows=64, q_dtype=torch.float32, archs=("sm80", "sm90"))
+    yield Problem("everything", everything & variants.sliding_window(100), rows=4096, archs=("sm80", "sm90", "sm120"))
+
+
+def cases() -> Iterator[GateCase]:
+    """Planner and attention kernels of every problem, on the architectures it names."""
+    for problem in _problems():
+        spec = problem.spec()
+        for name in problem.archs:
+            launch = choose(spec, ARCHS[name], traits_of(problem.variant), block_m_for(spec, problem.rows or 1))
+            options = {"num_warps": launch.num_warps}
+            arguments = _attention_arguments(spec, problem.variant) | {"cfg": Constant(launch.kernel)}
+            yield _case(f"attention.{problem.name}", attention_kernel, arguments, options, name)
+            if problem.name in ("decode", "prefill_paged"):
+                arguments = _planner_arguments(spec, problem.variant, launch.kernel)
+                yield _case(f"planner.{problem.name}", planner_kernel, arguments, {"num_warps": 8}, name)
+
+
+class Constant(NamedTuple):
+    """A constexpr argument."""
+
+    value: Any
+
+
+def _pointer(dtype: torch.dtype) -> torch.Tensor:
+    return torch.empty(0, dtype=dtype)
+
+
+def _attention_arguments(spec: AttentionSpec, variant: Variant) -> dict[str, Any]:
+    q, kv, out = _pointer(spec.q_dtype), _pointer(spec.kv_dtype), _pointer(spec.o_dtype)
+    fp32, int32 = _pointer(torch.float32), _pointer(torch.int32)
+    return {
+        "queries": Queries(q, 16, 16),
+        "pages": Pages(kv, kv, int32 if spec.paged else None, *[16] * 6),
+        "outputs": Outputs(out, 16, 16, fp32, 16),
+        "tables": _tables(),
+        "partials": Partials(fp32, fp32, int32),
+        "hooks": hooks_of(variant),
+        "factors": Factors(1.0, 1.0, None, 0, None, 0, None),
+    }
+
+
+def _planner_arguments(spec: AttentionSpec, variant: Variant, cfg: Any) -> dict[str, Any]:
+    int32 = _pointer(torch.int32)
+    return {
+        "requests": Requests(None if spec.uniform_qo_len else int32, int32, int32),
+        "tables": _tables(),
+        "bounds": hooks_of(variant).bounds,
+        **dict.fromkeys(("batch_size", "capacity", "num_programs"), 7),
+        "cfg": Constant(cfg),
+        "QO_LEN": Constant(spec.uniform_qo_len or 0),
+        "BLOCK": Constant(1024),
+    }
+
+
+def _tables() -> ScheduleTables:
+    int64 = _pointer(torch.int64)
+    return ScheduleTables(int64, int64, int64, _pointer(torch.int32))
+
+
+def _case(name: str, kernel: Any, arguments: dict[str, Any], options: dict[str, Any], arch: str) -> GateCase:
+    constexprs: dict[Any, Any] = {}
+    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
+
+    def kind(value: Any, path: tuple[int, ...]) -> Any:
+        """The Triton type of an argument as a launch would see it; notes constants and alignment on the way."""
+        if isinstance(value, tuple) and not isinstance(value, Constant):
+            kinds = [kind(v, (*path, i)) for i, v in enumerate(value)]
+            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
+        if isinstance(value, torch.Tensor):
+            attrs[path] = [["tt.divisibility", 16]]
+            return TYPES[value.dtype]
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, int) and value != 1:
+            if value and value % 16 == 0:
+                attrs[path] = [["tt.divisibility", 16]]
+            return "i32"
+        constexprs[path] = value.value if isinstance(value, Constant) else value
+        return "constexpr"
+
+    signature = {key: kind(value, (i,)) for i, (key, value) in enumerate(arguments.items())}
+    return GateCase(f"{name}.{arch}", kernel, signature, constexprs, attrs, options, (arch,))

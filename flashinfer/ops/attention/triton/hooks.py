@@ -1,0 +1,116 @@
+"""Variants inside kernels: tuples of (compiled function, captured values), folded at compile time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from flashinfer.core.launch import alignment
+from flashinfer.ops.attention.variant import Variant
+
+
+class Hook(NamedTuple):
+    """One function of a variant and the values it captured; Triton keys the function by its source."""
+
+    fn: tl.constexpr
+    captured: tuple[Any, ...]
+
+
+class Hooks(NamedTuple):
+    """All hooks of a composition, each a tuple of `Hook`."""
+
+    query: tuple[Hook, ...]
+    key: tuple[Hook, ...]
+    logits: tuple[Hook, ...]
+    mask: tuple[Hook, ...]
+    bounds: tuple[Hook, ...]
+
+
+@cache
+def _compiled(function: Callable[..., Any]) -> Any:
+    if hasattr(function, "fn"):
+        return function
+    # Triton's interpreter wants the module visible from every function, also from one of plain arithmetic.
+    function.__globals__.setdefault("tl", tl)
+    return triton.jit(function)
+
+
+def _hooks(variant: Variant, hook: str) -> tuple[Hook, ...]:
+    return tuple(Hook(_compiled(getattr(part, hook)), part.captured) for part in variant.having(hook))
+
+
+def hooks_of(variant: Variant) -> Hooks:
+    """The kernel argument of a variant."""
+    return Hooks(*(_hooks(variant, name) for name in Hooks._fields))
+
+
+class Traits(NamedTuple):
+    """What a configuration depends on of a variant.
+
+    logits, key: whether such hooks exist. masks_have_bounds: whether the bounds say where every mask is True throughout;
+    only then can a tile skip its mask.
+    """
+
+    logits: bool
+    key: bool
+    masks_have_bounds: bool
+
+
+def traits_of(variant: Variant) -> Traits:
+    unbounded = any(part.mask is not None and part.bounds is None for part in variant.parts)
+    return Traits(bool(variant.having("logits")), bool(variant.having("key")), not unbounded)
+
+
+def launch_key(variant: Variant) -> tuple[Any, ...]:
+    """What a kernel compiled with this variant depends on: functions, numbers, kinds and alignment of tensors."""
+    return tuple(
+        (part.name, part.logits, part.mask, part.bounds, part.key, part.query, *map(_kind, part.captured))
+        for part in variant.parts
+    )
+
+
+def _kind(value: Any) -> Any:
+    return (value.dtype, alignment(value)) if isinstance(value, torch.Tensor) else value
+
+
+@triton.jit
+def fold_rotation(hooks, x, partner, pos, dims, HEAD_DIM: tl.constexpr):
+    for i in tl.static_range(len(hooks)):
+        x = hooks[i].fn(hooks[i].captured, x, partner, pos, dims, HEAD_DIM)
+    return x
+
+
+@triton.jit
+def fold_logits(hooks, x, at):
+    for i in tl.static_range(len(hooks)):
+        x = hooks[i].fn(hooks[i].captured, x, at)
+    return x
+
+
+@triton.jit
+def fold_mask(hooks, keep, at):
+    for i in tl.static_range(len(hooks)):
+        keep = keep & hooks[i].fn(hooks[i].captured, at)
+    return keep
+
+
+@triton.jit
+def fold_bounds(hooks, q_lo, q_hi, qo_len, kv_len, FULL: tl.constexpr):
+    """`clamped_bounds` of the variant; FULL: whether every mask has bounds."""
+    lo = kv_len * 0
+    hi = kv_len
+    full_lo = kv_len * 0
+    full_hi = kv_len if FULL else kv_len * 0
+    for i in tl.static_range(len(hooks)):
+        a, b, c, d = hooks[i].fn(hooks[i].captured, q_lo, q_hi, qo_len, kv_len)
+        lo = tl.maximum(lo, a)
+        hi = tl.minimum(hi, b)
+        full_lo = tl.maximum(full_lo, c)
+        full_hi = tl.minimum(full_hi, d)
+    lo = tl.minimum(lo, kv_len)
+    return lo, tl.maximum(hi, lo), full_lo, tl.maximum(full_hi, full_lo)

@@ -1,0 +1,23 @@
+"""Logits soft cap: cap * tanh(logits / cap) (Gemma 2, arXiv 2408.00118, section 2)."""
+
+from __future__ import annotations
+
+import torch
+
+from flashinfer.device.language import tl
+from flashinfer.ops.attention.variant import Twin, Variant, variant
+
+
+def _logits(captured, x, at):
+    # tanh(y) = 1 - 2 / (exp(2 y) + 1): saturates to +-1 without a branch and without overflow to NaN.
+    e = tl.exp(x * (2.0 / captured[0]))
+    return captured[0] * (1.0 - 2.0 / (e + 1.0))
+
+
+def _twin(captured, x, at):
+    return captured[0] * torch.tanh(x / captured[0])
+
+
+def soft_cap(cap: float) -> Variant:
+    """cap: the bound of the logits, > 0, in natural units (of q . k * sm_scale)."""
+    return variant("soft_cap", captured=(float(cap),), logits=_logits, twin=Twin(logits=_twin))

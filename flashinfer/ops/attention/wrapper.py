@@ -1,0 +1,253 @@
+"""What the batch wrappers share: index buffers, masks, options, and the run itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import torch
+
+from flashinfer.core import check, indices
+from flashinfer.core.kv_cache import kv_layout as checked_layout
+from flashinfer.core.select import BackendSupportedError
+from flashinfer.ops.attention.options import Options, Scale, scales_of
+from flashinfer.ops.attention.session import Session
+from flashinfer.ops.attention.spec import AttentionSpec, Batch
+from flashinfer.ops.attention.variant import Variant
+from flashinfer.ops.quantization import packed_indptr, segment_packbits
+
+# Defaults under which an argument of the original library that has no meaning here is accepted.
+Unsupported = tuple[str, Any, Any]
+
+
+def refuse(*arguments: Unsupported) -> None:
+    """Raise for each (name, value, accepted value) that asks for something this package does not have."""
+    for name, value, accepted in arguments:
+        if value is not None and value is not accepted and value != accepted:
+            raise BackendSupportedError(f"{name}: got {value!r}, which no implementation here supports. Leave it out.")
+
+
+class BatchWrapper:
+    """Base of the wrappers: one `Session`, the plan's options, and the index arrays under FlashInfer's names."""
+
+    def __init__(
+        self,
+        float_workspace_buffer: torch.Tensor,
+        kv_layout: str,
+        use_cuda_graph: bool,
+        backend: str,
+        extra: object = None,
+        buffers: dict[str, torch.Tensor | None] | None = None,
+    ) -> None:
+        check.tensor("float_workspace_buffer", float_workspace_buffer)
+        self._kv_layout = checked_layout(kv_layout)
+        self._use_cuda_graph = use_cuda_graph
+        self.device = float_workspace_buffer.device
+        if extra is not None and not isinstance(extra, Variant):
+            raise TypeError(
+                check.problem(
+                    "jit_args",
+                    type(extra).__name__,
+                    "a flashinfer.attention_variant (Python functions)",
+                    "CUDA source cannot be compiled here: write the variant's hooks in Python.",
+                )
+            )
+        self._session = Session(self.device, backend, _aligned(float_workspace_buffer), use_cuda_graph, extra)
+        self._float_workspace_buffer = float_workspace_buffer
+        self._int_workspace_buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
+        self._planned: Options | None = None
+        self._forward_returns_lse = False
+        self._buffers = buffers or {}
+        if use_cuda_graph:
+            for name, buffer in self._buffers.items():
+                check.tensor(
+                    name, buffer, dtypes=check.INDEX_DTYPES, like=("float_workspace_buffer", float_workspace_buffer)
+                )
+
+    @property
+    def is_cuda_graph_enabled(self) -> bool:
+        """Whether the index buffers are the user's and stay in place."""
+        return self._use_cuda_graph
+
+    @property
+    def _backend(self) -> str:
+        return self._session.backend
+
+    def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
+        """Replace the workspace; plan again afterwards. The int buffer is not needed here and kept for its name."""
+        self._float_workspace_buffer = float_workspace_buffer
+        self._int_workspace_buffer = int_workspace_buffer
+        self._session.arena.buffer = _aligned(float_workspace_buffer)
+        self._session.invalidate()
+
+    def end_forward(self) -> None:
+        """Nothing to do; kept for callers of the old names."""
+
+    def _plan(self, spec: AttentionSpec, batch: Batch, options: Options, mask: Variant | None = None) -> None:
+        self._planned = options
+        self._session.plan(spec, batch, options, mask)
+        self._causal, self._window_left = options.causal, options.window_left
+        self._logits_soft_cap, self._sm_scale = options.logits_soft_cap, options.sm_scale
+
+    def _check_batch_size(self, name: str, batch_size: int, buffer_name: str, extra_entries: int) -> None:
+        """With CUDA graphs the batch size is fixed by the buffers."""
+        buffer = self._buffers.get(buffer_name)
+        if self._use_cuda_graph and buffer is not None and buffer.numel() - extra_entries != batch_size:
+            fixed = buffer.numel() - extra_entries
+            raise ValueError(
+                check.problem(name, f"batch size {batch_size}", f"{fixed}, fixed by {buffer_name}", "Pad the batch.")
+            )
+
+    def _hold(self, arrays: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """The plan's index arrays on the device; with CUDA graphs in the user's buffers, given in the same order."""
+        on_device = indices.upload(self.device, list(arrays.values()))
+        if not self._use_cuda_graph:
+            return on_device
+        return [self._keep(*item) for item in zip(arrays, on_device, self._buffers.values(), strict=True)]
+
+    def _keep(self, name: str, given: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+        """The plan's array: `given`, or with CUDA graphs its copy in the user's buffer."""
+        if not self._use_cuda_graph or buffer is None:
+            return given
+        if given.numel() > buffer.numel():
+            raise ValueError(
+                check.problem(name, f"{given.numel()} entries", f"at most {buffer.numel()}, its buffer", "Give a larger one.")
+            )
+        held = buffer[: given.numel()]
+        held.copy_(given, non_blocking=True)
+        # The whole buffer's address is what a graph holds; what lies behind the copied part is never read.
+        return held
+
+    def _mask_variant(
+        self,
+        custom: torch.Tensor | None,
+        packed: torch.Tensor | None,
+        bits: torch.Tensor,
+        buffers: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    ) -> Variant | None:
+        """The custom-mask variant; bits: `[batch + 1]` prefix sum of qo_len * kv_len per request, on the host or device."""
+        if custom is None and packed is None:
+            return None
+        byte_indptr = packed_indptr(bits)
+        if packed is None:
+            assert custom is not None
+            check.tensor("custom_mask", custom, dtypes=(torch.bool,), shape=(int(bits[-1]),))
+            on_device = (custom.to(self.device), bits.to(self.device), byte_indptr.to(self.device))
+            packed = segment_packbits(*on_device, int(byte_indptr[-1]), "little")
+        check.tensor("packed_custom_mask", packed, dtypes=(torch.uint8,), shape=(int(byte_indptr[-1]),))
+        packed, byte_indptr = packed.to(self.device), byte_indptr.to(self.device, torch.int32)
+        from flashinfer.ops.attention.variants import custom_mask  # imports Triton where it is installed
+
+        return custom_mask(
+            self._keep("custom_mask", packed, buffers[0]), self._keep("mask_indptr", byte_indptr, buffers[1])
+        )
+
+    def _run(
+        self,
+        qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        factors: tuple[Any, ...],
+        outputs: tuple[torch.Tensor | None, torch.Tensor | None, bool],
+        options: Options | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """factors: (q_scale, k_scale, v_scale, o_scale, sinks); outputs: (out, lse, return_lse)."""
+        self._session.require_plan()
+        chosen = options or self._planned
+        assert chosen is not None
+        self._session.replan(chosen)
+        scales = scales_of(chosen.sm_scale, self._session.spec, *factors)
+        return self._session.run(qkv, scales, *outputs)
+
+    def _require_window(self, window_left: int | None) -> None:
+        if window_left is not None and self._planned is not None and window_left != self._planned.window_left:
+            raise ValueError(
+                check.problem(
+                    "window_left", window_left, f"{self._planned.window_left}, as planned", "Give it to plan(...) instead."
+                )
+            )
+
+
+def returning_lse(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The method `forward` under a name that returns (out, lse)."""
+
+    @wraps(forward)
+    def method(self: BatchWrapper, *args: Any, **kwargs: Any) -> Any:
+        self._forward_returns_lse = True
+        try:
+            return forward(self, *args, **kwargs)
+        finally:
+            self._forward_returns_lse = False
+
+    return method
+
+
+def head_scales(args: tuple[Any, ...], q: Scale, k: Scale, v: Scale) -> tuple[Scale, Scale, Scale]:
+    """q, k and v scales of a run: positional per-head tensors (scale_q, scale_k, scale_v) where given."""
+    if len(args) > 3:
+        refuse(("positional arguments of a jit variant", args[3:], ()))
+    first, second, third = (*args, None, None, None)[:3]
+    return (q if first is None else first, k if second is None else second, v if third is None else third)
+
+
+def mask_bits(batch: Batch, page_size: int) -> torch.Tensor:
+    """Prefix sum `[batch + 1]` of the mask bits, qo_len * kv_len per request, int64."""
+    assert batch.qo_indptr is not None
+    qo_len = batch.qo_indptr[1:].long() - batch.qo_indptr[:-1].long()
+    pages = batch.kv_indptr[1:].long() - batch.kv_indptr[:-1].long()
+    last = page_size if batch.last_page_len is None else batch.last_page_len.to(pages.device).long()
+    kv_len = torch.where(pages > 0, (pages - 1) * page_size + last, 0)
+    bits = torch.zeros(batch.batch_size + 1, dtype=torch.int64, device=pages.device)
+    bits[1:] = (qo_len.to(pages.device) * kv_len).cumsum(0)
+    return bits
+
+
+def data_types(
+    q: torch.dtype | str | None, kv: torch.dtype | str | None, o: torch.dtype | str | None
+) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
+    """FlashInfer's defaults: float16 queries, KV and outputs as the queries (bfloat16 for fp8 queries)."""
+    q_dtype = check.dtype("q_data_type", "float16" if q is None else q)
+    kv_dtype = check.dtype("kv_data_type", q_dtype if kv is None else kv)
+    fallback = torch.bfloat16 if q_dtype in check.FP8_DTYPES else q_dtype
+    o_dtype = check.dtype("o_data_type", fallback if o is None else o)
+    known = check.FLOAT_DTYPES + check.FP8_DTYPES
+    check.choice("q_data_type", q_dtype, known)
+    check.choice("kv_data_type", kv_dtype, known)
+    check.choice("o_data_type", o_dtype, check.FLOAT_DTYPES)
+    if kv_dtype not in (q_dtype, *check.FP8_DTYPES):
+        raise ValueError(
+            check.problem("kv_data_type", kv_dtype, f"q_data_type = {q_dtype} or an fp8 type", "Convert one of the two.")
+        )
+    return q_dtype, kv_dtype, o_dtype
+
+
+def attention_spec(
+    heads: tuple[int, int],
+    head_dims: tuple[int, int],
+    page_size: int | None,
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
+    uniform_qo_len: int | None = None,
+    split_kv: bool = True,
+) -> AttentionSpec:
+    """A checked spec; heads: (num_qo_heads, num_kv_heads); head_dims: (qk, vo); page_size None = ragged."""
+    check.positive("num_qo_heads", heads[0])
+    check.positive("num_kv_heads", heads[1])
+    check.multiple("num_qo_heads", heads[0], "num_kv_heads", heads[1])
+    check.head_dim("head_dim_qk", head_dims[0])
+    check.head_dim("head_dim_vo", head_dims[1])
+    size = 1 if page_size is None else check.positive("page_size", page_size)
+    return AttentionSpec(*heads, *head_dims, size, page_size is not None, *dtypes, uniform_qo_len, split_kv)
+
+
+def paged_batch(device: torch.device, arrays: dict[str, torch.Tensor], page_size: int) -> Batch:
+    """A checked paged batch without queries, where the caller has it; arrays: kv_indptr, kv_indices, last_page_len."""
+    (indptr_name, indptr), (indices_name, table), (last_name, last) = arrays.items()
+    indices.indptr(indptr_name, indptr, device)
+    min_pages = indices.page_indices(indices_name, table, device, indptr)
+    indices.last_page_len(last_name, last, device, indptr, page_size)
+    return Batch(None, indptr, table, last, indptr.numel() - 1, None, min_pages)
+
+
+def _aligned(buffer: torch.Tensor) -> torch.Tensor:
+    if buffer.data_ptr() % 16 or not buffer.is_contiguous():
+        raise ValueError("float_workspace_buffer must be 16-byte aligned and contiguous. Pass a fresh torch.empty(...).")
+    return buffer

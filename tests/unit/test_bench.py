@@ -1,0 +1,318 @@
+"""The benchmark's own tests: its table, its counts, its correctness gate, its files and exit codes."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from bench import registry, report, run
+from bench.registry import ROWS, AttentionInputs, AttentionShape, Call, Row, attention_reference
+from tools import gpu_bench, gpu_test
+
+QUICK = ["--device", "cpu", "--warmup-ms", "1", "--rep-ms", "2", "--copy-mib", "1", "--matmul-n", "64"]
+TIMED_FIELDS = {"gate", "ms", "p20_ms", "p80_ms", "gb_per_s", "tflop_per_s", "copy_share", "matmul_share", "plan_us"}
+
+
+def reference_call(shape: AttentionShape, inputs: AttentionInputs, factor: float = 1.0) -> Call:
+    """An implementation that is right when `factor` is 1: the fp64 reference of each request, rounded."""
+    out = torch.full_like(inputs.q, float("nan"))
+
+    def compute() -> None:
+        parts = [
+            attention_reference(shape, inputs, i, torch.arange(n), torch.float64) for i, n in enumerate(shape.qo_lens)
+        ]
+        out.copy_(torch.cat(parts) * factor)
+
+    return Call(lambda: None, compute, out)
+
+
+def leaves_last_row_unwritten(shape: AttentionShape, inputs: AttentionInputs) -> Call:
+    call = reference_call(shape, inputs)
+
+    def compute() -> None:
+        call.run()
+        call.out[-1] = float("nan")
+
+    return replace(call, run=compute)
+
+
+def changes_between_runs(shape: AttentionShape, inputs: AttentionInputs) -> Call:
+    call = reference_call(shape, inputs)
+    steps = iter(range(100))
+
+    def compute() -> None:
+        call.run()
+        call.out.mul_(1 + next(steps) * torch.finfo(call.out.dtype).eps)
+
+    return replace(call, run=compute)
+
+
+def breaks(shape: AttentionShape, inputs: AttentionInputs) -> Call:
+    raise RuntimeError("no such kernel")
+
+
+def tiny_row() -> Row:
+    return registry.decode_row("tiny", (9, 9), 4, (4, 2, 16), "cpu")
+
+
+def run_tiny(tmp_path: Path, row: Row, *options: str) -> tuple[int, dict[str, object]]:
+    out = tmp_path / "results.json"
+    code = run.main([*QUICK, "--out", str(out), "--commit", "c0ffee", *options], rows=(row,))
+    return code, json.loads(out.read_text())
+
+
+# ---- the table
+
+
+def test_rows_are_well_formed() -> None:
+    names = [row.name for row in ROWS]
+    assert len(set(names)) == len(names)
+    assert set(registry.COLD_ROWS) <= {row.name for row in ROWS if row.device == "cuda"}
+    for row in ROWS:
+        shape = row.shape
+        assert isinstance(shape, AttentionShape)
+        assert row.device in ("cuda", "cpu")
+        assert len(shape.qo_lens) == len(shape.kv_lens)
+        assert all(1 <= qo <= kv for qo, kv in zip(shape.qo_lens, shape.kv_lens, strict=True)), row.name
+        assert shape.num_qo_heads % shape.num_kv_heads == 0
+        assert row.peers, row.name
+        assert len({peer.name for peer in row.peers}) == len(row.peers)
+        json.dumps(shape.fields())
+
+
+def test_bytes_and_flops_of_known_rows() -> None:
+    """One row of each op, counted here another way: from the sizes of each tensor, and pair by pair."""
+    rows = {row.name: row.shape for row in ROWS}
+    decode = rows["decode_page16_b64_l4096_h32-8_d128"]
+    assert decode.num_bytes == 64 * 4096 * 8 * 128 * 2 * 2 + 2 * (64 * 32 * 128 * 2) + 4 * 64 * 256
+    assert decode.num_flops == 2 * (2 * 64 * 32 * 4096 * 128)
+    prefill = rows["prefill_ragged_b4_s4096_h32-8_d128_causal"]
+    assert prefill.num_bytes == 4 * 4096 * (32 + 8 + 8 + 32) * 128 * 2
+    assert prefill.num_flops == 4 * 32 * 128 * 4 * sum(range(1, 4097))
+    append = rows["append_page16_b16_q4_l4096_h32-8_d128_causal"]
+    assert append.num_flops == 4 * 32 * 128 * 16 * (4093 + 4094 + 4095 + 4096)
+    skew = rows["decode_page16_skew_h32-8_d128"]
+    assert isinstance(skew, AttentionShape)
+    assert skew.batch_size == 64 and max(skew.kv_lens) == 65536 and sorted(skew.kv_lens)[-2] < 1024
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_flops_count_the_visible_pairs(data: st.DataObject) -> None:
+    kv_lens = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4))
+    qo_lens = [data.draw(st.integers(1, n)) for n in kv_lens]
+    causal = data.draw(st.booleans())
+    shape = AttentionShape(tuple(qo_lens), tuple(kv_lens), 4, 2, 8, 0, causal, torch.float16)
+    visible = sum(
+        not causal or key <= kv - qo + query
+        for qo, kv in zip(qo_lens, kv_lens, strict=True)
+        for query in range(qo)
+        for key in range(kv)
+    )
+    assert shape.num_flops == visible * 4 * (2 * 8 + 2 * 8)
+    inputs = registry.make_attention(shape, torch.Generator())
+    assert shape.num_bytes == 2 * inputs.q.nbytes + sum(x.nbytes for x in inputs.kv)
+
+
+@pytest.mark.parametrize("page_size", [0, 4])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("qo_len", [3, 9])
+def test_reference_and_peers_agree_with_a_plain_formula(page_size: int, causal: bool, qo_len: int) -> None:
+    """The gate's reference and every CPU peer against softmax written out for one head at a time."""
+    shape = AttentionShape((qo_len,) * 2, (9, 9), 6, 2, 8, page_size, causal, torch.float32)
+    generator = torch.Generator()
+    generator.seed()
+    inputs = registry.make_attention(shape, generator)
+    want = []
+    for request in range(2):
+        k, v = registry._request_kv(shape, inputs, request)
+        for row, head in ((row, head) for row in range(qo_len) for head in range(6)):
+            logits = k[:, head // 3].double() @ inputs.q[request * qo_len + row, head].double() / 8**0.5
+            logits = logits[: 9 - qo_len + row + 1] if causal else logits
+            want.append(logits.softmax(0) @ v[: len(logits), head // 3].double())
+    exact = torch.stack(want).view(2 * qo_len, 6, 8)
+    for sample in registry.attention_samples(shape, inputs, generator):
+        torch.testing.assert_close(sample.exact, exact[sample.rows], rtol=1e-12, atol=1e-12)
+    for peer in (registry.SDPA_CPU, registry.GATHER_SDPA_CPU, registry.SDPA_FLASH):
+        with peer.open(shape, inputs) as call:
+            assert peer.layout is not None
+            torch.testing.assert_close(peer.layout(call()).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+# ---- the run
+
+
+def test_speedup_is_the_peers_time_over_ours() -> None:
+    chosen = run._settings(run._parse(QUICK))
+    short, long = partial(time.sleep, 0.002), partial(time.sleep, 0.02)
+    assert 3 < run.time_against(long, short, 1.0, chosen)["speedup"] < 30
+    assert 1 / 30 < run.time_against(short, long, 1.0, chosen)["speedup"] < 1 / 3
+
+
+def test_a_right_row_is_timed_and_every_field_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, results = run_tiny(tmp_path, replace(tiny_row(), call=reference_call))
+    assert code == 0
+    assert set(results) == {"schema", "environment", "ceilings", "rows", "cold"}
+    environment = results["environment"]
+    expected = {"date", "host", "commit", "seed", "device", "driver", "torch", "triton", "cuda", "python"}
+    assert expected | {"cpu_threads", "timer", "settings"} == set(environment)
+    assert environment["commit"] == "c0ffee" and environment["device"] and environment["torch"] == torch.__version__
+    assert results["ceilings"]["copy_gb_per_s"] > 0 and results["ceilings"]["matmul_tflop_per_s"] > 0
+    (row,) = results["rows"]
+    assert row["status"] == "ok" and set(row) >= TIMED_FIELDS | {"name", "op", "shape", "bytes", "flops", "peers"}
+    assert row["run_enqueue_us"] is None, "enqueueing means nothing on the CPU"
+    assert 0 < row["gate"]["error"] <= row["gate"]["limit"]
+    assert row["gb_per_s"] == pytest.approx(row["bytes"] / row["ms"] / 1e6)
+    assert set(row["peers"]) == {"sdpa", "gather_and_sdpa"}
+    for peer in row["peers"].values():
+        assert peer["ms"] > 0 and peer["speedup"] > 0
+    assert row["name"] in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_public_wrappers_pass_the_gate_on_the_cpu(tmp_path: Path) -> None:
+    for row in (
+        tiny_row(),
+        replace(registry.append_row(2, 3, 9, page_size=4), device="cpu", peers=(registry.SDPA_CPU,)),
+        replace(registry.prefill_row(2, 9, 0, True, (4, 2, 16)), device="cpu", peers=(registry.SDPA_CPU,)),
+        replace(registry.prefill_row(2, 9, 4, False, (4, 2, 16)), device="cpu", peers=(registry.SDPA_CPU,)),
+    ):
+        code, results = run_tiny(tmp_path, row)
+        assert code == 0, results["rows"]
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "reason"),
+    [
+        (partial(reference_call, factor=1.001), "failed", "relative error"),
+        (leaves_last_row_unwritten, "failed", "not finite"),
+        (changes_between_runs, "failed", "different bits"),
+        (breaks, "error", "no such kernel"),
+    ],
+)
+def test_a_wrong_implementation_is_not_timed_and_exits_1(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], call: object, status: str, reason: str
+) -> None:
+    code, results = run_tiny(tmp_path, replace(tiny_row(), call=call))
+    assert code == 1
+    (row,) = results["rows"]
+    assert row["status"] == status and reason in row["reason"] and "ms" not in row
+    assert reason in capsys.readouterr().out.splitlines()[-1]
+
+
+@pytest.mark.parametrize("request_index", [0, 1])
+def test_the_gate_sees_one_wrong_head_of_one_request(tmp_path: Path, request_index: int) -> None:
+    def call(shape: AttentionShape, inputs: AttentionInputs) -> Call:
+        right = reference_call(shape, inputs)
+
+        def compute() -> None:
+            right.run()
+            right.out[request_index, 1] = right.out[request_index, 0]
+
+        return replace(right, run=compute)
+
+    assert run_tiny(tmp_path, replace(tiny_row(), call=call))[0] == 1
+
+
+def test_a_peer_that_computes_something_else_is_not_compared(tmp_path: Path) -> None:
+    doubled = replace(registry.SDPA_CPU, layout=lambda out: 2 * registry.SDPA_CPU.layout(out))
+    code, results = run_tiny(tmp_path, replace(tiny_row(), call=reference_call, peers=(doubled,)))
+    assert code == 0
+    assert "relative error" in results["rows"][0]["peers"]["sdpa"]["reason"]
+
+
+def test_rows_past_the_limit_are_reported_and_exit_1(tmp_path: Path) -> None:
+    code, results = run_tiny(tmp_path, replace(tiny_row(), call=reference_call), "--limit-s", "0")
+    assert code == 1 and results["rows"][0]["status"] == "not run"
+    assert "not run" in report.to_markdown(results)
+
+
+def test_nothing_to_run_exits_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main([*QUICK, "--rows", "no-such-row"], rows=(tiny_row(),)) == 2
+    assert run.main([*QUICK, "--cold"], rows=(tiny_row(),)) == 2
+    errors = capsys.readouterr().err
+    assert "no-such-row" in errors and "cold" in errors
+
+
+def test_cold_child_times_the_first_and_second_call() -> None:
+    chosen = run._settings(run._parse(QUICK))
+    seconds = run.cold_child(replace(tiny_row(), call=reference_call), chosen)
+    assert set(seconds) == {"first_plan_s", "first_run_s", "second_s"} and min(seconds.values()) > 0
+
+
+def test_cold_child_that_breaks_is_reported() -> None:
+    result = run.measure_cold("no-such-row", torch.device("cpu"))
+    assert result["status"] == "error" and "StopIteration" in result["reason"]
+
+
+def test_report_shows_figures_peers_and_what_is_missing(tmp_path: Path) -> None:
+    row = replace(tiny_row(), call=reference_call)
+    _, results = run_tiny(tmp_path, row)
+    results["rows"].append({"name": "b", "op": "decode", "status": "failed", "reason": "it was wrong"})
+    results["rows"][0]["peers"]["sdpa"] = {"reason": "no such backend"}
+    results["cold"].append(
+        {"name": "c", "op": "decode", "status": "ok", "first_plan_s": 0.25, "first_run_s": 1.5, "second_s": 0.001}
+    )
+    (tmp_path / "in.json").write_text(json.dumps(results))
+    assert report.main([str(tmp_path / "in.json"), "--out", str(tmp_path / "out.md")]) == 0
+    text = (tmp_path / "out.md").read_text()
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({line.count("|") for line in tables if "row" in line or "`" in line}) <= 2
+    assert f"| `{row.name}` | {1e3 * results['rows'][0]['ms']:.1f} |" in text
+    for part in ("commit `c0ffee`", "**failed**", "it was wrong", "no such backend", "| 0.25 | 1.50 |"):
+        assert part in text
+
+
+# ---- the GPU machine's scripts
+
+
+def test_run_logged_keeps_output_exit_code_and_limit(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert gpu_test.run_logged([sys.executable, "-c", "print('hello'); raise SystemExit(3)"], log, 30) == 3
+    assert gpu_test.tail(log, 5) == "hello"
+    slow = "import time; print('started'); time.sleep(60)"
+    assert gpu_test.run_logged([sys.executable, "-c", slow], log, 3.0) == gpu_test.TIMED_OUT
+    assert gpu_test.tail(log, 5) == "started"
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("def test_a(): pass", None),
+        ("def test_a(): assert False", "1 failed"),
+        ("import pytest\n@pytest.mark.skip\ndef test_a(): pass", "no test passed"),
+        ("", "exit code 5"),
+        ("import time\ndef test_a(): time.sleep(60)", "stopped at the limit"),
+    ],
+)
+def test_gpu_test_judges_pytest_honestly(tmp_path: Path, body: str, problem: str | None) -> None:
+    (tmp_path / "test_case.py").write_text(body + "\n")
+    args = gpu_test.parse([str(tmp_path / "test_case.py"), "-n", "1"])
+    limit_s = 3.0 if problem == "stopped at the limit" else 60.0
+    step, counts = gpu_test.run_tests(args, tmp_path, limit_s)
+    assert (step.problem is None) == (problem is None)
+    assert problem is None or problem in step.problem
+    assert counts["passed"] == (problem is None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without a GPU")
+def test_gpu_scripts_refuse_to_run_without_a_gpu() -> None:
+    assert gpu_test.main([]) == 2
+    assert gpu_bench.main([]) == 2
+
+
+def test_asking_for_an_absent_sweep_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_bench, "SWEEP_MODULE", "flashinfer.no_such_tuning")
+    assert gpu_bench.main(["--sweep", "--out", str(tmp_path)]) == 2
+    assert "no_such_tuning" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""What keeps the house in order: `check_house` (budgets, imports) and `compile_gate` (kernels without a GPU)."""

@@ -1,0 +1,116 @@
+"""Calls decode, prefill, append and merge once each, small, on the GPU: what compute-sanitizer watches.
+
+Each result is compared with torch in fp64, so that a clean report cannot come from kernels that did nothing.
+Lengths are odd on purpose: last pages part full, tiles cut off, one request without KV. `python3 -m
+tools.gpu_sanitize_cases cpu` tries the cases themselves on another device.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+import flashinfer
+
+DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
+PAGE_SIZE = 4
+KV_LENS = (37, 0, 5, 130)
+QO_LENS = (9, 2, 5, 3)
+HEADS = (6, 2, 64)
+# fp16 results of this size: one rounding of the probabilities and one of the output.
+MAX_ERROR = 4 * torch.finfo(torch.float16).eps
+
+
+def normal(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=torch.float16)
+
+
+def indptr(counts: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).to(DEVICE, torch.int32)
+
+
+def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+    """One request in fp64: q [qo, Hq, D], k and v [kv, Hk, D]; zeros without KV."""
+    if len(k) == 0:
+        return torch.zeros_like(q, dtype=torch.float64)
+    mask = torch.ones(len(q), len(k), dtype=torch.bool, device=DEVICE)
+    mask = mask.tril(len(k) - len(q)) if causal else mask
+    q, k, v = (x.double().transpose(0, 1)[None] for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1)
+
+
+class PagedBatch:
+    """A shuffled paged cache of `KV_LENS` that holds NaN where no token is."""
+
+    def __init__(self) -> None:
+        _, num_kv_heads, head_dim = HEADS
+        pages = tuple(-(-n // PAGE_SIZE) for n in KV_LENS)
+        self.indptr = indptr(pages)
+        self.indices = torch.randperm(sum(pages), device=DEVICE).int()
+        self.last = torch.tensor([(n - 1) % PAGE_SIZE + 1 if n else 0 for n in KV_LENS], device=DEVICE).int()
+        self.cache = torch.full((sum(pages), 2, PAGE_SIZE, num_kv_heads, head_dim), float("nan"), device=DEVICE).half()
+        self.kv = [(normal(n, num_kv_heads, head_dim), normal(n, num_kv_heads, head_dim)) for n in KV_LENS]
+        k, v = (torch.cat([kv[i] for kv in self.kv]) for i in range(2))
+        batch_indices, positions = flashinfer.get_batch_indices_positions(
+            indptr(KV_LENS), torch.tensor(KV_LENS, device=DEVICE).int(), len(k)
+        )
+        flashinfer.append_paged_kv_cache(
+            k, v, batch_indices, positions, self.cache, self.indices, self.indptr, self.last, "NHD"
+        )
+
+    def check(self, name: str, q: torch.Tensor, out: torch.Tensor, qo_lens: tuple[int, ...], causal: bool) -> None:
+        parts = zip(q.split(qo_lens), self.kv, strict=True)
+        compare(name, out, torch.cat([expected(part, *kv, causal=causal) for part, kv in parts]))
+
+
+def compare(name: str, got: torch.Tensor, want: torch.Tensor) -> None:
+    """Fail, with the figures, where `got` is further from `want` than rounding explains (NaN included)."""
+    error = float((got.double() - want).norm() / want.norm())
+    if not error <= MAX_ERROR:
+        sys.exit(f"{name}: relative error {error:.3g}, at most {MAX_ERROR:.3g} expected")
+    print(f"{name}: ok ({error:.2g})", flush=True)
+
+
+def workspace() -> torch.Tensor:
+    return torch.empty(8 << 20, dtype=torch.uint8, device=DEVICE)
+
+
+def decode() -> None:
+    batch, q = PagedBatch(), normal(len(KV_LENS), HEADS[0], HEADS[2])
+    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(), "NHD")
+    wrapper.plan(batch.indptr, batch.indices, batch.last, *HEADS, PAGE_SIZE, q_data_type=q.dtype)
+    batch.check("append and decode", q, wrapper.run(q, batch.cache), (1,) * len(KV_LENS), causal=False)
+
+
+def prefill_paged() -> None:
+    batch, q = PagedBatch(), normal(sum(QO_LENS), HEADS[0], HEADS[2])
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(), "NHD")
+    wrapper.plan(
+        indptr(QO_LENS), batch.indptr, batch.indices, batch.last, *HEADS, PAGE_SIZE, causal=True, q_data_type=q.dtype
+    )
+    batch.check("prefill, paged", q, wrapper.run(q, batch.cache), QO_LENS, causal=True)
+
+
+def prefill_ragged() -> None:
+    lens = (33, 1, 70)
+    q, k, v = (normal(sum(lens), heads, HEADS[2]) for heads in (HEADS[0], HEADS[1], HEADS[1]))
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace(), "NHD")
+    wrapper.plan(indptr(lens), indptr(lens), *HEADS, causal=True, q_data_type=q.dtype)
+    parts = zip(q.split(lens), k.split(lens), v.split(lens), strict=True)
+    compare("prefill, ragged", wrapper.run(q, k, v), torch.cat([expected(*part, causal=True) for part in parts]))
+
+
+def merge() -> None:
+    (v_a, v_b), (s_a, s_b) = ([normal(7, 3, 64) for _ in range(2)], [normal(7, 3).float() for _ in range(2)])
+    weights = torch.stack([s_a, s_b]).double().mul(torch.tensor(2.0).log()).softmax(0)[..., None]
+    want = weights[0] * v_a.double() + weights[1] * v_b.double()
+    compare("merge_state", flashinfer.merge_state(v_a, s_a, v_b, s_b)[0], want)
+    values, lse = torch.stack([v_a, v_b], 1), torch.stack([s_a, s_b], 1)
+    compare("merge_states", flashinfer.merge_states(values, lse)[0], want)
+
+
+if __name__ == "__main__":
+    for case in (decode, prefill_paged, prefill_ragged, merge):
+        case()  # comparing reads the result, so it waits for the device
