@@ -15,9 +15,9 @@ def merge_state(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The state of attention over the union of two disjoint sets of keys.
 
-    v_a, v_b `[n, num_heads, head_dim]`, fp32/fp16/bf16, any strides with the innermost 1; s_a, s_b fp32 `[n, num_heads]`,
-    base-2 log-sum-exp. Returns (v, s) of the same shapes: v = (2^s_a v_a + 2^s_b v_b) / (2^s_a + 2^s_b); a side with lse
-    -inf counts for nothing (FlashInfer, arXiv 2501.01005, section 2.2). Raises TypeError, ValueError.
+    v_a, v_b `[n, num_heads, head_dim]`, fp32/fp16/bf16, any strides with the innermost 1; s_a, s_b fp32 `[n,
+    num_heads]`, base-2 log-sum-exp. Returns (v, s) of the same shapes: v = (2^s_a v_a + 2^s_b v_b) / (2^s_a + 2^s_b); a
+    side with lse -inf counts for nothing (FlashInfer, arXiv 2501.01005, section 2.2). Raises TypeError, ValueError.
     """
     _check_state(v_a, s_a, ("v_a", "s_a"))
     _check_state(v_b, s_b, ("v_b", "s_b"), like=("v_a", v_a))

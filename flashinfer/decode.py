@@ -11,8 +11,14 @@ import torch
 from flashinfer.core import check
 from flashinfer.core.kv_cache import PagedKVCache, paged_views
 from flashinfer.ops.attention.options import Options, Scale
-from flashinfer.ops.attention.spec import Batch
-from flashinfer.ops.attention.wrapper import BatchWrapper, attention_spec, data_types, paged_batch, refuse, returning_lse
+from flashinfer.ops.attention.wrapper import (
+    BatchWrapper,
+    attention_spec,
+    data_types,
+    paged_batch,
+    refuse,
+    returning_lse,
+)
 from flashinfer.prefill import single_prefill
 
 __all__ = [
@@ -132,7 +138,9 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
         in any batch. non_blocking, block_tables, seq_lens: accepted, not needed.
         """
         if deprecated_positional_args:
-            warnings.warn("options of plan() by position are deprecated: pass keywords", DeprecationWarning, stacklevel=2)
+            warnings.warn(
+                "options of plan() by position are deprecated: pass keywords", DeprecationWarning, stacklevel=2
+            )
             kwargs = dict(zip(_LEGACY_ORDER, deprecated_positional_args, strict=False)) | kwargs
         check.unknown_keywords("plan", kwargs, _LEGACY_ORDER)
         arrays = {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
@@ -171,10 +179,11 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
                 check.problem("q_len_per_req", q_len, f"{self._q_len_per_req}: it is frozen", "Use another wrapper.")
             )
         self._q_len_per_req = q_len
-        held = self._hold(arrays)
-        self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = held
+        kv, table, last = self._hold(arrays)
+        self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = kv, table, last
         rows = batch.batch_size * q_len
-        self._plan(spec, Batch(None, *held, batch.batch_size, rows, batch.min_pages), options)
+        batch = batch._replace(kv_indptr=kv, kv_indices=table, last_page_len=last, total_rows=rows)
+        self._plan(spec, batch, options)
 
     def run(
         self,
@@ -196,11 +205,11 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Attend as planned.
 
-        q `[batch * q_len_per_req, num_qo_heads, head_dim]`; paged_kv_cache `[pages, 2, page_size, num_kv_heads, head_dim]`
-        (NHD; heads before tokens in HND) or the tuple (k_cache, v_cache); any strides with the innermost 1. q_scale and
-        k_scale multiply the logits, v_scale the output (floats or tensors). sinks: fp32 `[num_qo_heads]`. out, lse: where
-        to write. Returns out, with return_lse also lse fp32 `[rows, num_qo_heads]`, base 2. enable_pdl is ignored.
-        Raises ValueError where a tensor or window_left differs from the plan.
+        q `[batch * q_len_per_req, num_qo_heads, head_dim]`; paged_kv_cache `[pages, 2, page_size, num_kv_heads,
+        head_dim]` (NHD; heads before tokens in HND) or the tuple (k_cache, v_cache); any strides with the innermost 1.
+        q_scale and k_scale multiply the logits, v_scale the output (floats or tensors). sinks: fp32 `[num_qo_heads]`.
+        out, lse: where to write. Returns out, with return_lse also lse fp32 `[rows, num_qo_heads]`, base 2. enable_pdl
+        is ignored. Raises ValueError where a tensor or window_left differs from the plan.
         """
         refuse(
             ("positional arguments of a jit variant", args, ()),

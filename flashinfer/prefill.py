@@ -48,11 +48,12 @@ def single_prefill(
     """One request's attention; the shared body of the `single_*` functions. masks: (custom, packed)."""
     q = check.tensor("q", qkv[0], shape=(None, None, None))
     k, v = token_views(qkv[1], qkv[2], checked_layout(kv_layout))
-    dtypes = data_types(q.dtype, k.dtype, o_dtype)
+    dtypes = data_types(q.dtype, k.dtype, o_dtype, ("q", "k", "o_dtype"))
     spec = attention_spec((q.shape[1], k.shape[2]), (q.shape[2], v.shape[3]), None, dtypes, uniform_qo_len=None)
     wrapper = BatchWrapper(torch.empty(0, dtype=torch.uint8, device=q.device), kv_layout, False, backend)
     bits = torch.tensor([0, q.shape[0] * k.shape[0]])
-    mask = wrapper._mask_variant(*(None if m is None else m.reshape(-1) for m in masks), bits)
+    custom, packed = (None if m is None else m.reshape(-1) for m in masks)
+    mask = wrapper._mask_variant(custom, packed, bits)
     qo_indptr, kv_indptr = (_bounds(x.shape[0], q.device) for x in (q, k))
     batch = Batch(qo_indptr, kv_indptr, None, None, 1, q.shape[0], k.shape[0])
     wrapper._plan(spec, batch, options, mask)
@@ -220,14 +221,14 @@ class BatchPrefillWithPagedKVCacheWrapper(_PrefillWrapper):
         """Schedule a batch; on device tensors nothing is copied to the host and nothing is waited for.
 
         qo_indptr int32 `[batch + 1]`, in queries; paged_kv_indptr int32 `[batch + 1]`, in pages, absolute into
-        paged_kv_indices int32 `[pages]`; paged_kv_last_page_len int32 `[batch]`, 1..page_size tokens; each on the device
-        or the host. custom_mask: bool, `qo_len * kv_len` values per request in a row (True = keep), takes the place of
-        causal; packed_custom_mask: little-endian bits, each request starting on a byte. causal: bottom-right aligned.
-        pos_encoding_mode "NONE" | "ROPE_LLAMA" | "ALIBI"; sm_scale (1/sqrt(head_dim_qk)); window_left tokens to the left,
-        -1 = off; logits_soft_cap, 0 or None = off; rope_scale (1), rope_theta (1e4); q_data_type, kv_data_type and
-        o_data_type (as q). fixed_split_size > 0 or disable_split_kv: the same request gives the same bits in any batch.
-        The rest is accepted and not needed, but for multi-item scoring (prefix_len_ptr and its kin), which raises.
-        A custom mask with index arrays on the device waits for them once, to learn its size.
+        paged_kv_indices int32 `[pages]`; paged_kv_last_page_len int32 `[batch]`, 1..page_size tokens; each on the
+        device or the host. custom_mask: bool, `qo_len * kv_len` values per request in a row (True = keep), takes the
+        place of causal; packed_custom_mask: little-endian bits, each request starting on a byte. causal: bottom-right
+        aligned. pos_encoding_mode "NONE" | "ROPE_LLAMA" | "ALIBI"; sm_scale (1/sqrt(head_dim_qk)); window_left tokens
+        to the left, -1 = off; logits_soft_cap, 0 or None = off; rope_scale (1), rope_theta (1e4); q_data_type,
+        kv_data_type and o_data_type (as q). fixed_split_size > 0 or disable_split_kv: the same request gives the same
+        bits in any batch. The rest is accepted and not needed, but for multi-item scoring (prefix_len_ptr and its kin),
+        which raises. A custom mask with index arrays on the device waits for them once, to learn its size.
         """
         _refuse_multi_item(prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
         dtypes = data_types(q_data_type, kv_data_type, o_data_type)
@@ -244,10 +245,11 @@ class BatchPrefillWithPagedKVCacheWrapper(_PrefillWrapper):
         }
         batch = self._with_queries("paged_kv_indptr", qo_indptr, paged_batch(self.device, arrays, page_size))
         mask = self._make_mask(custom_mask, packed_custom_mask, batch, page_size)
-        held = self._hold({"qo_indptr": qo_indptr, **arrays})
-        self._qo_indptr_buf, self._paged_kv_indptr_buf = held[:2]
-        self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = held[2:]
-        self._plan(spec, Batch(*held, *batch[4:]), options, mask)
+        qo, kv, table, last = self._hold({"qo_indptr": qo_indptr, **arrays})
+        self._qo_indptr_buf, self._paged_kv_indptr_buf = qo, kv
+        self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = table, last
+        batch = batch._replace(qo_indptr=qo, kv_indptr=kv, kv_indices=table, last_page_len=last)
+        self._plan(spec, batch, options, mask)
 
     begin_forward = plan
 
@@ -274,10 +276,10 @@ class BatchPrefillWithPagedKVCacheWrapper(_PrefillWrapper):
     ) -> Result:
         """Attend as planned.
 
-        q `[nnz_qo, num_qo_heads, head_dim_qk]`; paged_kv_cache as in `BatchDecodeWithPagedKVCacheWrapper.run`; positional
-        args: per-head fp32 scale_q, scale_k, scale_v. q_scale, k_scale multiply the logits, v_scale the output. sinks:
-        fp32 `[num_qo_heads]`. out, lse: where to write. Returns out `[nnz_qo, num_qo_heads, head_dim_vo]`, with
-        return_lse also lse fp32 `[nnz_qo, num_qo_heads]`, base 2. enable_pdl is ignored.
+        q `[nnz_qo, num_qo_heads, head_dim_qk]`; paged_kv_cache as in `BatchDecodeWithPagedKVCacheWrapper.run`;
+        positional args: per-head fp32 scale_q, scale_k, scale_v. q_scale, k_scale multiply the logits, v_scale the
+        output. sinks: fp32 `[num_qo_heads]`. out, lse: where to write. Returns out `[nnz_qo, num_qo_heads,
+        head_dim_vo]`, with return_lse also lse fp32 `[nnz_qo, num_qo_heads]`, base 2. enable_pdl is ignored.
         Raises ValueError where a tensor or window_left differs from the plan.
         """
         refuse(
@@ -289,7 +291,9 @@ class BatchPrefillWithPagedKVCacheWrapper(_PrefillWrapper):
         )
         self._require_window(window_left)
         k, v = paged_views(paged_kv_cache, self._kv_layout)
-        return self._run((q, k, v), (*head_scales(args, q_scale, k_scale, v_scale), None, sinks), (out, lse, return_lse))
+        return self._run(
+            (q, k, v), (*head_scales(args, q_scale, k_scale, v_scale), None, sinks), (out, lse, return_lse)
+        )
 
     run_return_lse = partialmethod(run, return_lse=True)
 
@@ -378,7 +382,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_PrefillWrapper):
         o_indptr: OptionalTensor = None,
         uniform_q_len: int | None = None,
     ) -> None:
-        """Schedule a batch; as `BatchPrefillWithPagedKVCacheWrapper.plan`, with kv_indptr int32 `[batch + 1]` in tokens."""
+        """As `BatchPrefillWithPagedKVCacheWrapper.plan`, with kv_indptr int32 `[batch + 1]` in tokens."""
         _refuse_multi_item(prefix_len_ptr, token_pos_in_items_ptr, token_pos_in_items_len, max_item_len_ptr)
         refuse(("v_indptr", v_indptr, None), ("o_indptr", o_indptr, None))
         dtypes = data_types(q_data_type, kv_data_type, o_data_type)
@@ -418,9 +422,9 @@ class BatchPrefillWithRaggedKVCacheWrapper(_PrefillWrapper):
     ) -> Result:
         """Attend as planned.
 
-        q `[nnz_qo, num_qo_heads, head_dim_qk]`; k `[nnz_kv, num_kv_heads, head_dim_qk]`, v likewise with head_dim_vo (heads
-        first in HND); positional args: per-head fp32 scale_q, scale_k, scale_v. q_scale and k_scale multiply the logits,
-        v_scale and o_scale the output. Outputs as in `BatchPrefillWithPagedKVCacheWrapper.run`.
+        q `[nnz_qo, num_qo_heads, head_dim_qk]`; k `[nnz_kv, num_kv_heads, head_dim_qk]`, v likewise with head_dim_vo
+        (heads first in HND); positional args: per-head fp32 scale_q, scale_k, scale_v. q_scale and k_scale multiply the
+        logits, v_scale and o_scale the output. Outputs as in `BatchPrefillWithPagedKVCacheWrapper.run`.
         """
         refuse(("kv_cache_sf", kv_cache_sf, None), ("lse_base", lse_base, "log2"), ("lse_layout", lse_layout, "NH"))
         qkv = (q, *token_views(k, v, self._kv_layout))

@@ -87,7 +87,17 @@ def run_tests(args: argparse.Namespace, out: Path, limit_s: float) -> tuple[Step
     """pytest over `args.tests`; failed also when no test passed at all."""
     junit, log = out / "junit.xml", out / "pytest.log"
     junit.unlink(missing_ok=True)  # an old file must not speak for this run
-    command = [sys.executable, "-m", "pytest", *args.tests, "-q", "-ra", "--durations=15", f"--junitxml={junit}"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        *args.tests,
+        "-v",
+        "--tb=short",
+        "-ra",
+        "--durations=15",
+        f"--junitxml={junit}",
+    ]
     command += ["-n", str(args.workers)] if args.workers > 1 else []
     command += ["-k", args.select] if args.select else []
     begin = time.monotonic()

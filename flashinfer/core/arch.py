@@ -20,6 +20,11 @@ class Arch:
     smem_bytes: int
 
     @property
+    def has_wgmma(self) -> bool:
+        """Whether matrix products take operands and accumulate as Hopper's warpgroup instructions do."""
+        return self.name == "sm90"
+
+    @property
     def is_cpu(self) -> bool:
         return self.name == "cpu"
 
@@ -33,8 +38,8 @@ SMEM_BYTES = {"sm80": 166_912, "sm86": 101_376, "sm89": 101_376, "sm90": 232_448
 def _cuda(index: int) -> Arch:
     properties = torch.cuda.get_device_properties(index)
     name = f"sm{properties.major}{properties.minor}"
-    smem = SMEM_BYTES.get(name, properties.shared_memory_per_block_optin)
-    return Arch(name, properties.multi_processor_count, smem)
+    # An unknown architecture gets what every CUDA device gives a program without opting in.
+    return Arch(name, properties.multi_processor_count or 1, SMEM_BYTES.get(name, 49_152))
 
 
 def arch_of(device: torch.device) -> Arch:

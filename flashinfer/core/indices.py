@@ -28,22 +28,27 @@ def last_page_len(name: str, x: torch.Tensor, device: torch.device, kv_indptr: t
         outside = (kv_indptr[1:] > kv_indptr[:-1]) & ((x < 1) | (x > page_size))
         if bool(outside.any()):
             got = f"{int(x[outside][0])} for request {int(outside.nonzero()[0])}"
-            raise ValueError(check.problem(name, got, f"1..page_size = {page_size}", "Count the tokens of the last page."))
+            raise ValueError(
+                check.problem(name, got, f"1..page_size = {page_size}", "Count the tokens of the last page.")
+            )
 
 
 def page_indices(name: str, x: torch.Tensor, device: torch.device, kv_indptr: torch.Tensor) -> int | None:
-    """Check the page table: int32 `[pages]`, long enough for `kv_indptr`, not negative.
+    """Check the page table: int32 `[pages]`, long enough for `kv_indptr`, not negative where it is used.
 
     Returns how many pages the cache must have at least, None when only the device knows.
     """
     _index(name, x, device)
     if kv_indptr.device.type == "cpu" and int(kv_indptr[-1]) > x.numel():
         raise ValueError(
-            check.problem(name, f"{x.numel()} entries", f"at least indptr[-1] = {int(kv_indptr[-1])}", "List every page.")
+            check.problem(
+                name, f"{x.numel()} entries", f"at least indptr[-1] = {int(kv_indptr[-1])}", "List every page."
+            )
         )
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or kv_indptr.device.type != "cpu":
         return None
-    lowest, highest = (int(bound) for bound in x.aminmax()) if x.numel() else (0, -1)
+    used = x[int(kv_indptr[0]) : int(kv_indptr[-1])]
+    lowest, highest = (int(bound) for bound in used.aminmax()) if used.numel() else (0, -1)
     if lowest < 0:
         raise ValueError(check.problem(name, f"page number {lowest}", "page numbers >= 0", "Check the page table."))
     return highest + 1
@@ -65,8 +70,9 @@ def _index(name: str, x: torch.Tensor, device: torch.device) -> None:
 def upload(device: torch.device, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     """The same tensors on `device`: those on the host travel in one pinned, asynchronous copy.
 
-    Every call takes fresh pinned memory from torch's caching host allocator, which does not hand it out again before the
-    copy is done: calling again while an upload is in flight is safe, and so is changing the tensors after the return.
+    Every call takes fresh pinned memory from torch's caching host allocator, which does not hand it out again before
+    the copy is done: calling again while an upload is in flight is safe, and so is changing the tensors after the
+    return.
     """
     host = [t for t in tensors if t.device != device]
     if not host:

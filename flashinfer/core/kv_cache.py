@@ -34,7 +34,7 @@ def paged_views(paged_kv_cache: PagedKVCache, layout: str) -> tuple[torch.Tensor
                 check.problem(
                     name,
                     f"shape {list(paged_kv_cache.shape)}",
-                    "[pages, 2, page_size, num_kv_heads, head_dim] (NHD) or [pages, 2, num_kv_heads, page_size, head_dim]",
+                    "[pages, 2, page_size, num_kv_heads, head_dim], or heads before tokens in HND",
                     "Stack K and V in dim 1, or pass the tuple (k_cache, v_cache).",
                 )
             )

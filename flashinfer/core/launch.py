@@ -13,7 +13,8 @@ import torch
 import triton
 from triton import knobs
 
-# Versions whose CompiledKernel.run has the argument order used below; others take the public route of a compiled kernel.
+# Versions whose CompiledKernel.run has the argument order used below; others take the public route of a compiled
+# kernel.
 DIRECT_VERSIONS = ("3.6",)
 
 

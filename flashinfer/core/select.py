@@ -57,4 +57,6 @@ def select(impls: Sequence[Impl], spec: object, arch: Arch, request: str = "auto
             if reason is None:
                 return impl
             reasons.append(f"{impl.name}: {reason}")
-    raise BackendSupportedError(f"no implementation runs this on {arch.name} (backend={request!r}): {'; '.join(reasons)}")
+    raise BackendSupportedError(
+        f"no implementation runs this on {arch.name} (backend={request!r}): {'; '.join(reasons)}"
+    )

@@ -54,7 +54,9 @@ class Arena:
         if source is None or source.numel() < total:
             source = self.private("shared", (total,), torch.uint8)
         return {
-            name: source[offsets[name] : offsets[name] + math.prod(shape) * dtype.itemsize].view(dtype).view(tuple(shape))
+            name: source[offsets[name] : offsets[name] + math.prod(shape) * dtype.itemsize]
+            .view(dtype)
+            .view(tuple(shape))
             for name, (shape, dtype) in shapes.items()
         }
 

@@ -43,7 +43,9 @@ class Options:
         check.choice("pos_encoding_mode", pos_encoding_mode, POS_ENCODING_MODES, KeyError)
         if window_left < -1:
             raise ValueError(
-                check.problem("window_left", window_left, "-1 (off) or the tokens to the left", "Pass -1 for no window.")
+                check.problem(
+                    "window_left", window_left, "-1 (off) or the tokens to the left", "Pass -1 for no window."
+                )
             )
         return Options(
             bool(causal),
@@ -92,7 +94,13 @@ Scale = float | torch.Tensor | None
 
 
 def scales_of(
-    sm_scale: float, spec: AttentionSpec, q: Scale, k: Scale, v: Scale, o: Scale = None, sinks: torch.Tensor | None = None
+    sm_scale: float,
+    spec: AttentionSpec,
+    q: Scale,
+    k: Scale,
+    v: Scale,
+    o: Scale = None,
+    sinks: torch.Tensor | None = None,
 ) -> Scales:
     """One run's factors: q and k scales multiply the logits, v and o scales the output.
 

@@ -19,8 +19,8 @@ from flashinfer.ops.attention.variant import Variant, clamped_bounds
 
 Ints = npt.NDArray[np.int64]
 
-# Columns of a record: request, query tile in the request, first KV tile, KV tiles, kv_len, first entry of the page table
-# (first token if ragged), first query row, qo_len.
+# Columns of a record: request, query tile in the request, first KV tile, KV tiles, kv_len, first entry of the page
+# table (first token if ragged), first query row, qo_len.
 RECORD_FIELDS = 8
 # Columns of a share: the fields of its first record, then where it begins, where that record begins, the record's
 # number, cost of a share (floor), how many shares have one more.

@@ -20,7 +20,7 @@ MAX_LOGITS = 1 << 26
 
 
 class Request(NamedTuple):
-    """Host ints of one request: query rows [q_begin, q_end), KV entries [kv_begin, kv_end) of the table, kv_len tokens."""
+    """Host ints of one request: query rows [q_begin, q_end), entries [kv_begin, kv_end) of the page table, tokens."""
 
     q_begin: int
     q_end: int
@@ -65,31 +65,31 @@ def _attend_request(
     index: int,
     request: Request,
 ) -> None:
-    qo_len = request.q_end - request.q_begin
-    rows = max(1, min(qo_len, MAX_LOGITS // max(1, request.kv_len * spec.num_qo_heads)))
-    lo, hi, _, _ = clamped_bounds(variant, 0, qo_len, qo_len, request.kv_len, max, min)
+    qo_len, kv_len = request.q_end - request.q_begin, request.kv_len
+    lo, hi, _, _ = clamped_bounds(variant, 0, qo_len, qo_len, kv_len, max, min)
     work = torch.promote_types(spec.q_dtype, torch.float32) if spec.q_dtype.itemsize > 1 else torch.float32
-    k = _gather(spec, plan, tensors.k, request, lo, hi).to(work)
-    v = _gather(spec, plan, tensors.v, request, lo, hi).to(work)
-    k = _rotate(variant, k, torch.arange(lo, hi, device=k.device)).transpose(0, 1)  # [num_kv_heads, tokens, dim]
-    v = v.transpose(0, 1)
+    # [num_kv_heads, tokens, dim]
+    k = _rotate(variant, _gather(spec, plan, tensors.k, request, lo, hi).to(work), lo).transpose(0, 1)
+    v = _gather(spec, plan, tensors.v, request, lo, hi).to(work).transpose(0, 1)
+    rows = max(1, min(qo_len, MAX_LOGITS // max(1, kv_len * spec.num_qo_heads)))
     for begin in range(0, qo_len, rows):
         end = min(begin + rows, qo_len)
-        q = tensors.q[request.q_begin + begin : request.q_begin + end].to(work)
-        position = torch.arange(begin, end, device=q.device) + request.kv_len - qo_len
-        q = _rotate(variant, q, position)
-        at = At(
-            index,
-            torch.arange(begin, end, device=q.device)[:, None],
-            torch.arange(lo, hi, device=q.device),
-            torch.arange(spec.num_qo_heads, device=q.device)[:, None, None],
-            qo_len,
-            request.kv_len,
-        )
+        here = slice(request.q_begin + begin, request.q_begin + end)
+        q = _rotate(variant, tensors.q[here].to(work), begin + kv_len - qo_len)
+        at = _at(spec, index, (begin, end, qo_len), (lo, hi, kv_len), q.device) if variant.parts else None
         out, lse = _attend_rows(spec, q, k, v, at, variant, scales)
-        tensors.out[request.q_begin + begin : request.q_begin + end] = out.to(spec.o_dtype)
+        tensors.out[here] = out.transpose(0, 1)
         if tensors.lse is not None:
-            tensors.lse[request.q_begin + begin : request.q_begin + end] = lse.to(torch.float32)
+            tensors.lse[here] = lse.transpose(0, 1)
+
+
+def _at(
+    spec: AttentionSpec, index: int, qo: tuple[int, int, int], kv: tuple[int, int, int], device: torch.device
+) -> At:
+    """Positions that broadcast against logits `[num_qo_heads, rows, tokens]`; qo, kv: (begin, end, length)."""
+    rows = torch.arange(qo[0], qo[1], device=device)[:, None]
+    heads = torch.arange(spec.num_qo_heads, device=device)[:, None, None]
+    return At(index, rows, torch.arange(kv[0], kv[1], device=device), heads, qo[2], kv[2])
 
 
 def _gather(
@@ -102,14 +102,16 @@ def _gather(
     if plan.kv_indices is None:
         pages = cache[begin:end]
     else:
-        pages = cache[plan.kv_indices[begin:end].to(torch.int64)]
+        # index_select copies whole rows; indexing with a tensor takes twice as long on the CPU.
+        pages = cache.index_select(0, plan.kv_indices[begin:end])
     return pages.flatten(0, 1)[lo - first * spec.page_size : hi - first * spec.page_size]
 
 
-def _rotate(variant: Variant, x: torch.Tensor, pos: torch.Tensor) -> torch.Tensor:
+def _rotate(variant: Variant, x: torch.Tensor, position: int) -> torch.Tensor:
+    """x `[tokens, heads, dim]`, its first token at `position`, after the variant's rotations."""
     for part in variant.parts:
         if part.twin.rotate is not None:
-            x = part.twin.rotate(part.captured, x, pos)
+            x = part.twin.rotate(part.captured, x, torch.arange(position, position + x.shape[0], device=x.device))
     return x
 
 
@@ -118,16 +120,15 @@ def _attend_rows(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    at: At,
+    at: At | None,
     variant: Variant,
     scales: Scales,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q `[rows, heads, dim]` over k, v `[num_kv_heads, tokens, dim]` -> out `[rows, heads, dim]`, base-2 lse."""
-    rows, tokens, group = q.shape[0], k.shape[1], spec.group_size
+    """q `[rows, heads, dim]` over k, v `[num_kv_heads, tokens, dim]` -> out `[heads, rows, dim]`, base-2 lse."""
+    rows, tokens, heads = q.shape[0], k.shape[1], spec.num_qo_heads
     # Heads of a group become rows of one product, so that K and V are read once and never repeated.
-    packed = q.view(rows, spec.num_kv_heads, group, -1).permute(1, 2, 0, 3).reshape(spec.num_kv_heads, group * rows, -1)
-    logits = (packed * scales.sm_scale) @ k.transpose(1, 2)
-    logits = logits.view(spec.num_qo_heads, rows, tokens)
+    packed = q.transpose(0, 1).reshape(spec.num_kv_heads, spec.group_size * rows, -1)
+    logits = ((packed * scales.sm_scale) @ k.transpose(1, 2)).view(heads, rows, tokens)
     if scales.logits is not None:
         logits = logits * scales.logits.to(logits.dtype).view(-1, 1, 1)
     for part in variant.parts:
@@ -135,20 +136,15 @@ def _attend_rows(
             logits = part.twin.logits(part.captured, logits, at)
     for part in variant.parts:
         if part.twin.mask is not None:
-            logits = torch.where(part.twin.mask(part.captured, at), logits, -math.inf)
-    sinks = None if scales.sinks is None else scales.sinks.to(logits.dtype).view(-1, 1, 1)
-    highest = logits.amax(-1, keepdim=True) if tokens else logits.new_full((spec.num_qo_heads, rows, 1), -math.inf)
-    if sinks is not None:
-        highest = torch.maximum(highest, sinks)
-    shift = torch.where(highest == -math.inf, torch.zeros_like(highest), highest)
-    p = torch.exp(logits - shift)
-    total = p.sum(-1, keepdim=True)
-    if sinks is not None:
-        total = total + torch.exp(sinks - shift)
-    out = (p.view(spec.num_kv_heads, group * rows, tokens) @ v).view(spec.num_qo_heads, rows, -1)
-    # A row that sees nothing has total 0: its output is 0, not 0/0.
-    out = torch.where(total == 0, torch.zeros_like(out), out / total) * scales.output_scale
+            logits = logits.masked_fill(~part.twin.mask(part.captured, at), -math.inf)
+    lse = logits.logsumexp(-1, keepdim=True)
+    if scales.sinks is not None:
+        lse = torch.logaddexp(lse, scales.sinks.to(lse.dtype).view(-1, 1, 1))
+    # A row that sees nothing has lse -inf: shifted by 0 instead, its weights are exp(-inf) = 0.
+    p = (logits - lse.masked_fill(lse == -math.inf, 0.0)).exp_()
+    out = (p.view(spec.num_kv_heads, spec.group_size * rows, tokens) @ v).view(heads, rows, -1)
+    if scales.output_scale != 1.0:
+        out = out * scales.output_scale
     if scales.output is not None:
         out = out * scales.output.to(out.dtype).view(-1, 1, 1)
-    lse = (shift + torch.log(total)).squeeze(-1) * math.log2(math.e)
-    return out.transpose(0, 1), lse.transpose(0, 1)
+    return out, lse.squeeze(-1) * math.log2(math.e)

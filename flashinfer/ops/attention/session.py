@@ -45,6 +45,7 @@ class Session:
         self._mask: Variant | None = None
         self._plan: Any = None
         self._rows: int | None = None
+        self._checked: list[Any] = []
 
     def plan(self, spec: AttentionSpec, batch: Batch, options: Options, mask: Variant | None = None) -> None:
         """Choose an implementation and schedule `batch`; waits for the first `run` where only that tells the rows."""
@@ -58,6 +59,7 @@ class Session:
         impl = select(IMPLS, self.spec, arch_of(self.device), self.request)
         self._impl, self.backend = impl.load(), impl.name
         self._plan = None
+        self._checked = []
         if batch.total_rows is not None:
             self._schedule(batch)
 
@@ -96,44 +98,55 @@ class Session:
         self.require_plan()
         assert self._impl is not None and self._batch is not None
         q, k, v = qkv
-        self._check_inputs(q, k, v)
-        rows, heads = q.shape[0], self.spec.num_qo_heads
+        # Layers of a model come with the same layouts: what was checked for one need not be checked for the next.
+        layouts = [(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v, out, lse) if x is not None]
+        if layouts != self._checked:
+            self._check(q, k, v, out, lse)
+            self._checked = layouts
         if self._plan is None:
-            self._schedule(self._batch._replace(total_rows=rows))
-        elif rows != self._batch.total_rows and not (self.fixed_addresses and rows >= (self._batch.total_rows or 0)):
-            raise ValueError(
-                check.problem("q", f"{rows} rows", f"{self._batch.total_rows} as planned", "Plan again for this batch.")
-            )
-        out = self._output("out", out, (rows, heads, self.spec.head_dim_vo), self.spec.o_dtype, q)
-        if return_lse or lse is not None:
-            lse = self._output("lse", lse, (rows, heads), torch.float32, q)
+            self._schedule(self._batch._replace(total_rows=q.shape[0]))
+        rows, heads = q.shape[0], self.spec.num_qo_heads
+        if out is None:
+            out = torch.empty((rows, heads, self.spec.head_dim_vo), dtype=self.spec.o_dtype, device=self.device)
+        if return_lse and lse is None:
+            lse = torch.empty((rows, heads), dtype=torch.float32, device=self.device)
         self._impl.run(self.spec, self._plan, Tensors(q, k, v, out, lse), self.variant, scales)
         return (out, lse) if return_lse and lse is not None else out
 
-    def _output(
-        self, name: str, given: torch.Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, q: torch.Tensor
-    ) -> torch.Tensor:
-        if given is None:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        return check.tensor(name, given, dtypes=(dtype,), shape=shape, like=("q", q), inner_contiguous=True)
+    def _check(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor | None
+    ) -> None:
+        """Raise where a tensor differs from the plan."""
+        self._check_inputs(q, k, v)
+        rows, planned = q.shape[0], self._batch.total_rows if self._batch is not None else None
+        if planned is not None and rows != planned and not (self.fixed_addresses and rows >= planned):
+            raise ValueError(check.problem("q", f"{rows} rows", f"{planned}, as planned", "Plan again for this batch."))
+        shape = (rows, self.spec.num_qo_heads)
+        for name, x, dtype, size in (
+            ("out", out, self.spec.o_dtype, (*shape, self.spec.head_dim_vo)),
+            ("lse", lse, torch.float32, shape),
+        ):
+            if x is not None:
+                check.tensor(name, x, dtypes=(dtype,), shape=size, like=("q", q), inner_contiguous=True)
 
     def _check_inputs(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         spec = self.spec
-        check.tensor(
-            "q", q, dtypes=(spec.q_dtype,), shape=(None, spec.num_qo_heads, spec.head_dim_qk), inner_contiguous=True
-        )
+        wanted = (None, spec.num_qo_heads, spec.head_dim_qk)
+        check.tensor("q", q, dtypes=(spec.q_dtype,), shape=wanted, inner_contiguous=True)
         if q.device != self.device:
-            raise ValueError(
-                check.problem(
-                    "q", f"a tensor on {q.device}", f"one on {self.device}, as the workspace", "Use one device for both."
-                )
-            )
-        for name, x, dim in (("k", k, spec.head_dim_qk), ("v", v, spec.head_dim_vo)):
+            want = f"one on {self.device}, as the workspace"
+            raise ValueError(check.problem("q", f"a tensor on {q.device}", want, "Use one device for both."))
+        names = ("paged_kv_cache (k)", "paged_kv_cache (v)") if spec.paged else ("k", "v")
+        for name, x, dim in ((names[0], k, spec.head_dim_qk), (names[1], v, spec.head_dim_vo)):
             shape = (None, spec.page_size, spec.num_kv_heads, dim)
             check.tensor(name, x, dtypes=(spec.kv_dtype,), shape=shape, like=("q", q), inner_contiguous=True)
         if k.shape[0] != v.shape[0]:
-            raise ValueError(check.problem("v", f"{v.shape[0]} pages or tokens", f"{k.shape[0]} as k", "Pass both whole."))
+            raise ValueError(
+                check.problem(names[1], f"{v.shape[0]} pages or tokens", f"{k.shape[0]}, as k has", "Pass both whole.")
+            )
         least = self._batch.min_pages if self._batch is not None else None
         if least is not None and k.shape[0] < least:
             got = f"{k.shape[0]} pages (tokens if ragged)"
-            raise ValueError(check.problem("k", got, f"at least {least}, as planned", "Check the indices given to plan."))
+            raise ValueError(
+                check.problem(names[0], got, f"at least {least}, as planned", "Check the planned indices.")
+            )

@@ -42,8 +42,8 @@ class Batch(NamedTuple):
 
     qo_indptr `[batch + 1]` in queries, None when uniform. kv_indptr `[batch + 1]` in pages (tokens if ragged), absolute
     into kv_indices. kv_indices `[pages]`: page numbers, None if ragged. last_page_len `[batch]`: tokens of the last
-    page, None when every page is full (ragged). total_rows: all queries; min_pages: pages (tokens if ragged) that k and v
-    must have; each None when only the device knows.
+    page, None when every page is full (ragged). total_rows: all queries; min_pages: pages (tokens if ragged) that k and
+    v must have; each None when only the device knows.
     """
 
     qo_indptr: torch.Tensor | None
@@ -56,7 +56,8 @@ class Batch(NamedTuple):
 
 
 class Scales(NamedTuple):
-    """Factors of one run. Natural-unit logits are q . k * sm_scale * logits[head]; outputs are multiplied by output[head].
+    """Factors of one run. Natural-unit logits are q . k * sm_scale * logits[head]; outputs are multiplied by
+    output[head].
 
     sm_scale, output_scale: floats. logits, output: fp32 tensors of one value or one a query head, on the device of the
     queries, or None. sinks: fp32 `[num_qo_heads]` extra logits in the softmax denominator, or None.
@@ -72,8 +73,9 @@ class Scales(NamedTuple):
 class Tensors(NamedTuple):
     """The data of one run, as strided views with innermost stride 1; `out` and `lse` are written.
 
-    q `[rows, num_qo_heads, head_dim_qk]`; k `[pages, page_size, num_kv_heads, head_dim_qk]` and v likewise (`head_dim_vo`),
-    a token being a page of 1 if ragged; out `[rows, num_qo_heads, head_dim_vo]`; lse fp32 `[rows, num_qo_heads]`, base 2.
+    q `[rows, num_qo_heads, head_dim_qk]`; k `[pages, page_size, num_kv_heads, head_dim_qk]` and v likewise
+    (`head_dim_vo`), a token being a page of 1 if ragged; out `[rows, num_qo_heads, head_dim_vo]`; lse fp32 `[rows,
+    num_qo_heads]`, base 2.
     """
 
     q: torch.Tensor

@@ -83,7 +83,9 @@ class Variant:
         return tuple(part for part in self.parts if getattr(part, hook) is not None)
 
 
-def variant(name: str, *, captured: tuple[Any, ...] = (), twin: Twin | None = None, **hooks: Callable[..., Any]) -> Variant:
+def variant(
+    name: str, *, captured: tuple[Any, ...] = (), twin: Twin | None = None, **hooks: Callable[..., Any]
+) -> Variant:
     """A variant of one part: `variant("mine", captured=(t, 2.0), logits=hook, twin=Twin(logits=torch_function))`."""
     return Variant((Part(name, twin or Twin(), captured, **hooks),))
 

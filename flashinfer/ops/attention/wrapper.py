@@ -112,7 +112,9 @@ class BatchWrapper:
             return given
         if given.numel() > buffer.numel():
             raise ValueError(
-                check.problem(name, f"{given.numel()} entries", f"at most {buffer.numel()}, its buffer", "Give a larger one.")
+                check.problem(
+                    name, f"{given.numel()} entries", f"at most {buffer.numel()}, its buffer", "Give a larger one."
+                )
             )
         held = buffer[: given.numel()]
         held.copy_(given, non_blocking=True)
@@ -126,16 +128,26 @@ class BatchWrapper:
         bits: torch.Tensor,
         buffers: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> Variant | None:
-        """The custom-mask variant; bits: `[batch + 1]` prefix sum of qo_len * kv_len per request, on the host or device."""
+        """The custom-mask variant; bits: `[batch + 1]` prefix sum of qo_len * kv_len, on the host or the device."""
         if custom is None and packed is None:
             return None
         byte_indptr = packed_indptr(bits)
+        on_host = bits.device.type == "cpu"
         if packed is None:
             assert custom is not None
-            check.tensor("custom_mask", custom, dtypes=(torch.bool,), shape=(int(bits[-1]),))
+            check.tensor("custom_mask", custom, dtypes=(torch.bool,), shape=(int(bits[-1]) if on_host else None,))
             on_device = (custom.to(self.device), bits.to(self.device), byte_indptr.to(self.device))
-            packed = segment_packbits(*on_device, int(byte_indptr[-1]), "little")
-        check.tensor("packed_custom_mask", packed, dtypes=(torch.uint8,), shape=(int(byte_indptr[-1]),))
+            # Bytes that suffice whatever the lengths are: to ask for their sum would wait for the device.
+            packed = segment_packbits(*on_device, custom.numel() // 8 + bits.numel(), "little")
+        else:
+            least = int(byte_indptr[-1]) if on_host else 0
+            check.tensor("packed_custom_mask", packed, dtypes=(torch.uint8,), shape=(None,))
+            if packed.numel() < least:
+                raise ValueError(
+                    check.problem(
+                        "packed_custom_mask", f"{packed.numel()} bytes", f"{least}", "Pad each request to bytes."
+                    )
+                )
         packed, byte_indptr = packed.to(self.device), byte_indptr.to(self.device, torch.int32)
         from flashinfer.ops.attention.variants import custom_mask  # imports Triton where it is installed
 
@@ -162,7 +174,10 @@ class BatchWrapper:
         if window_left is not None and self._planned is not None and window_left != self._planned.window_left:
             raise ValueError(
                 check.problem(
-                    "window_left", window_left, f"{self._planned.window_left}, as planned", "Give it to plan(...) instead."
+                    "window_left",
+                    window_left,
+                    f"{self._planned.window_left}, as planned",
+                    "Give it to plan(...) instead.",
                 )
             )
 
@@ -202,20 +217,26 @@ def mask_bits(batch: Batch, page_size: int) -> torch.Tensor:
 
 
 def data_types(
-    q: torch.dtype | str | None, kv: torch.dtype | str | None, o: torch.dtype | str | None
+    q: torch.dtype | str | None,
+    kv: torch.dtype | str | None,
+    o: torch.dtype | str | None,
+    names: tuple[str, str, str] = ("q_data_type", "kv_data_type", "o_data_type"),
 ) -> tuple[torch.dtype, torch.dtype, torch.dtype]:
-    """FlashInfer's defaults: float16 queries, KV and outputs as the queries (bfloat16 for fp8 queries)."""
-    q_dtype = check.dtype("q_data_type", "float16" if q is None else q)
-    kv_dtype = check.dtype("kv_data_type", q_dtype if kv is None else kv)
+    """FlashInfer's defaults: float16 queries, KV and outputs as the queries (bfloat16 for fp8 queries).
+
+    names: what the caller calls the three, for errors.
+    """
+    q_dtype = check.dtype(names[0], "float16" if q is None else q)
+    kv_dtype = check.dtype(names[1], q_dtype if kv is None else kv)
     fallback = torch.bfloat16 if q_dtype in check.FP8_DTYPES else q_dtype
-    o_dtype = check.dtype("o_data_type", fallback if o is None else o)
+    o_dtype = check.dtype(names[2], fallback if o is None else o)
     known = check.FLOAT_DTYPES + check.FP8_DTYPES
-    check.choice("q_data_type", q_dtype, known)
-    check.choice("kv_data_type", kv_dtype, known)
-    check.choice("o_data_type", o_dtype, check.FLOAT_DTYPES)
+    check.choice(names[0], q_dtype, known)
+    check.choice(names[1], kv_dtype, known)
+    check.choice(names[2], o_dtype, check.FLOAT_DTYPES)
     if kv_dtype not in (q_dtype, *check.FP8_DTYPES):
         raise ValueError(
-            check.problem("kv_data_type", kv_dtype, f"q_data_type = {q_dtype} or an fp8 type", "Convert one of the two.")
+            check.problem(names[1], kv_dtype, f"{q_dtype}, as {names[0]}, or an fp8 type", "Convert one of the two.")
         )
     return q_dtype, kv_dtype, o_dtype
 
@@ -249,5 +270,7 @@ def paged_batch(device: torch.device, arrays: dict[str, torch.Tensor], page_size
 
 def _aligned(buffer: torch.Tensor) -> torch.Tensor:
     if buffer.data_ptr() % 16 or not buffer.is_contiguous():
-        raise ValueError("float_workspace_buffer must be 16-byte aligned and contiguous. Pass a fresh torch.empty(...).")
+        raise ValueError(
+            "float_workspace_buffer must be 16-byte aligned and contiguous. Pass a fresh torch.empty(...)."
+        )
     return buffer

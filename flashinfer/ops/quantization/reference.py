@@ -31,12 +31,12 @@ def segment_packbits(
 ) -> torch.Tensor:
     """uint8 `[num_bytes]`: segment i of bool `x` fills bytes `byte_indptr[i]` to `byte_indptr[i + 1]`.
 
-    num_bytes is `byte_indptr[-1]`, known on the host; nothing here waits for the device.
+    num_bytes: at least `byte_indptr[-1]`, known on the host (the rest is 0); nothing here waits for the device.
     """
-    if num_bytes == 0:
-        return torch.empty(0, dtype=torch.uint8, device=x.device)
+    if x.numel() == 0:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=x.device)
     byte = torch.arange(num_bytes, device=x.device)
-    segment = torch.searchsorted(byte_indptr[1:], byte, right=True)
+    segment = torch.searchsorted(byte_indptr[1:], byte, right=True).clamp(max=indptr.numel() - 2)
     first_bit = indptr[segment] + 8 * (byte - byte_indptr[segment])
     bit = first_bit[:, None] + torch.arange(8, device=x.device)
     inside = bit < indptr[segment + 1][:, None]

@@ -50,7 +50,7 @@ def keep_top_k(x: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
 
 
 def _largest(weights: torch.Tensor, mass: torch.Tensor) -> torch.Tensor:
-    """The weights of each row, largest first: all of them, or on the CPU, where one may look, a head that holds `mass`."""
+    """The weights of each row, largest first: all, or on the CPU, where one may look, a head that holds `mass`."""
     if weights.is_cpu and weights.shape[-1] > HEAD:
         head = weights.topk(HEAD).values
         if bool((head.sum(dim=-1, keepdim=True) >= mass).all()):
@@ -73,7 +73,8 @@ def keep_top_p(probs: torch.Tensor, top_p: Parameter) -> torch.Tensor:
 
 def keep_min_p(probs: torch.Tensor, min_p: Parameter) -> torch.Tensor:
     """bool like probs: tokens at least min_p times as probable as the most probable one."""
-    return probs >= probs.amax(dim=-1, keepdim=True) * _column(min_p)
+    wide = probs.float()
+    return wide >= wide.amax(dim=-1, keepdim=True) * _column(min_p)
 
 
 def mask_logits(logits: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

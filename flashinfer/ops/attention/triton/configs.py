@@ -32,7 +32,7 @@ def power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
-def block_m_for(spec: AttentionSpec, rows_per_request: float) -> int:
+def block_m_for(spec: AttentionSpec, traits: Traits, rows_per_request: float) -> int:
     """The height of a query tile for requests of about `rows_per_request` queries, in packed rows.
 
     Without split_kv the choice must not depend on the batch: it is that of long requests, or of decode when every
@@ -42,8 +42,9 @@ def block_m_for(spec: AttentionSpec, rows_per_request: float) -> int:
     if not spec.split_kv and spec.uniform_qo_len is None:
         packed = BLOCK_MS[-1]
     widest = max(spec.head_dim_qk, spec.head_dim_vo)
-    # Wide heads fill the registers; a float32 tile is twice as large and runs without tensor cores.
-    tallest = 128 if widest <= 128 else 64
+    # Registers: wide heads, and K tiles that are rotated in float32, leave less for the accumulator; a float32 tile is
+    # twice as large and is multiplied without tensor cores.
+    tallest = 64 if widest > 128 or traits.key else 128
     if spec.q_dtype.itemsize == 4 or widest > 256:
         tallest = 32
     return next(m for m in BLOCK_MS if m >= packed or m >= tallest)
@@ -71,7 +72,9 @@ def choose(spec: AttentionSpec, arch: Arch, traits: Traits, block_m: int) -> Lau
         natural_logits=traits.logits,
         masks_have_bounds=traits.masks_have_bounds,
         item_cost=ITEM_COST[block_m >= 64],
-        merge_rows=min(block_m, power_of_two(spec.uniform_qo_len * spec.group_size)) if spec.uniform_qo_len else block_m,
+        merge_rows=min(block_m, power_of_two(spec.uniform_qo_len * spec.group_size))
+        if spec.uniform_qo_len
+        else block_m,
     )
     return Launch(config, num_warps, per_sm)
 
@@ -79,16 +82,17 @@ def choose(spec: AttentionSpec, arch: Arch, traits: Traits, block_m: int) -> Lau
 def _inner(block_m: int, dims: int, spec: AttentionSpec, arch: Arch, traits: Traits) -> tuple[int, int, int, int]:
     """(block_n, num_warps, programs per SM, stages); dims: columns of a K and a V row together, padded."""
     row_bytes = dims * spec.kv_dtype.itemsize
-    num_warps = 8 if block_m >= 128 else 4
-    # Memory-bound tiles: two programs an SM; compute-bound ones: one program with wide tiles.
-    per_sm = 1 if block_m >= 128 else 2
-    block_n = 64
+    heavy = spec.q_dtype.itemsize == 4 or traits.key
+    num_warps = 8 if heavy or block_m >= 128 or dims > 512 or (block_m >= 64 and dims > 256) else 4
+    # Memory-bound tiles: two programs an SM; compute-bound ones: one program with all registers.
+    per_sm = 1 if num_warps == 8 else 2
+    block_n = 32 if heavy else 64
+    if not arch.has_wgmma and (block_m >= 64 or dims > 512):
+        # Operands of mma.sync lie in registers: half the width spills nothing (compile gate; not timed on such a GPU).
+        block_n //= 2
     budget = max(arch.smem_bytes, 65_536) // per_sm - block_m * dims * spec.q_dtype.itemsize
-    if traits.key:
-        # Rotating a K tile holds it in float32 twice.
-        block_n, num_warps = 32, 8 if block_m >= 64 else 4
     while block_n > 16 and block_n * row_bytes > budget:
         block_n //= 2
-    buffers = 2 if 2 * block_n * row_bytes <= budget else 1
+    buffers = 2 if 3 * block_n * row_bytes <= budget and not heavy else 1
     # The page table's indirection takes every second stage of Triton's pipeline.
     return block_n, num_warps, per_sm, 2 * buffers + 1 if spec.paged else buffers + 1

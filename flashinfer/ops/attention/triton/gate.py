@@ -1,4 +1,4 @@
-"""What the offline compile gate compiles of this folder: each path of the kernels, in each architecture's configuration."""
+"""What the offline compile gate compiles of this folder: every path, in each architecture's configuration."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def cases() -> Iterator[GateCase]:
     for problem in _problems():
         spec = problem.spec()
         for name in problem.archs:
-            launch = choose(spec, ARCHS[name], traits_of(problem.variant), block_m_for(spec, problem.rows or 1))
+            traits = traits_of(problem.variant)
+            launch = choose(spec, ARCHS[name], traits, block_m_for(spec, traits, problem.rows or 1))
             options = {"num_warps": launch.num_warps}
             arguments = _attention_arguments(spec, problem.variant) | {"cfg": Constant(launch.kernel)}
             yield _case(f"attention.{problem.name}", attention_kernel, arguments, options, name)

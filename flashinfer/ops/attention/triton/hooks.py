@@ -52,8 +52,8 @@ def hooks_of(variant: Variant) -> Hooks:
 class Traits(NamedTuple):
     """What a configuration depends on of a variant.
 
-    logits, key: whether such hooks exist. masks_have_bounds: whether the bounds say where every mask is True throughout;
-    only then can a tile skip its mask.
+    logits, key: whether such hooks exist. masks_have_bounds: whether the bounds say where every mask is True
+    throughout; only then can a tile skip its mask.
     """
 
     logits: bool

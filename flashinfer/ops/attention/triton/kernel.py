@@ -19,8 +19,9 @@ class KernelConfig:
     """Everything a kernel is compiled for, besides the dtypes and the variant's functions.
 
     block_qk, block_vo: head dims rounded up to powers of two (>= 16). skip_masks: tiles that need
-    no mask branch around it. natural_logits: logits are scaled before the hooks (else one factor in the exponent does it).
-    masks_have_bounds: see `hooks.masks_have_bounds`. item_cost: see `plan.Tiling`. merge_rows: rows of a query tile that can hold a query.
+    no mask branch around it. natural_logits: logits are scaled before the hooks (else one factor in the exponent does
+    it). masks_have_bounds: see `hooks.masks_have_bounds`. item_cost: see `plan.Tiling`. merge_rows: rows of a query
+    tile that can hold a query.
     """
 
     num_kv_heads: int
@@ -61,7 +62,7 @@ class Outputs(NamedTuple):
 
 
 class Partials(NamedTuple):
-    """States of shared tiles, two slots a program: o fp32 `[2 programs, block_m, block_vo]`, base-2 lse, and a counter a program."""
+    """States of shared tiles, two slots a program: o fp32 `[slots, block_m, block_vo]`, base-2 lse; a counter each."""
 
     o: torch.Tensor
     lse: torch.Tensor
@@ -84,7 +85,7 @@ def _load_record(row):
 @triton.jit
 def _attend(queries, pages, item, rows, mask_row, q_range, tiles, hooks, factors, cfg: tl.constexpr):
     """The softmax state of one query tile against the KV tiles [tiles[0], tiles[1])."""
-    request, kv_head, kv_len, kv_begin, qo_len = item
+    _, _, kv_len, _, qo_len = item
     qo_idx, qo_head = rows
     q_begin, q_lo, q_hi = q_range
     offs_q = (q_begin + qo_idx).to(tl.int64) * queries.stride_row + qo_head * queries.stride_head

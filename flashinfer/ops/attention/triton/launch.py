@@ -42,8 +42,8 @@ def plan(spec: AttentionSpec, batch: Batch, variant: Variant, arena: Arena) -> T
     """Make the schedule on the device: one launch, nothing waits for it."""
     assert batch.total_rows is not None
     arch = arch_of(arena.device)
-    block_m = block_m_for(spec, batch.total_rows / max(1, batch.batch_size))
-    launch = choose(spec, arch, traits_of(variant), block_m)
+    traits = traits_of(variant)
+    launch = choose(spec, arch, traits, block_m_for(spec, traits, batch.total_rows / max(1, batch.batch_size)))
     cfg = launch.kernel
     num_programs = launch.programs_per_sm * arch.num_sms
     tables = _tables(arena, num_programs, batch, cfg)
@@ -116,7 +116,5 @@ def _natural(cfg: KernelConfig) -> KernelConfig:
 
 def _factors(scales: Scales) -> Factors:
     """The kernel's form; a stride of -1 stands for a factor that is not there, 0 for one value for all heads."""
-    logits, output = (
-        -1 if factor is None else int(factor.numel() > 1) for factor in (scales.logits, scales.output)
-    )
+    logits, output = (-1 if factor is None else int(factor.numel() > 1) for factor in (scales.logits, scales.output))
     return Factors(scales.sm_scale, scales.output_scale, scales.logits, logits, scales.output, output, scales.sinks)

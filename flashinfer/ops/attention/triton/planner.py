@@ -1,4 +1,4 @@
-"""The planner on the device: one program makes the schedule of `plan.py` from the index tensors that are there already."""
+"""The planner on the device: one program makes the schedule of `plan.py` from the index tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Requests(NamedTuple):
 
 
 class ScheduleTables(NamedTuple):
-    """What the planner writes; see `plan.Schedule`. tile_base: int32 `[batch + 1]` scratch, query tiles before a request."""
+    """What the planner writes; see `plan.Schedule`. tile_base: int32 `[batch + 1]`, query tiles before a request."""
 
     first: torch.Tensor
     records: torch.Tensor

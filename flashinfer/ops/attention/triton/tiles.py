@@ -1,4 +1,4 @@
-"""The inner loop of attention: one query tile against a run of KV tiles, online softmax (Milakov, Gimelshein, 1805.02867)."""
+"""The inner loop: one query tile against a run of KV tiles, online softmax (Milakov and Gimelshein, 1805.02867)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ class Pages(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """`Scales` of a run: logits = q . k * sm_scale * logits[head]; outputs are multiplied by output_scale * output[head].
+    """`Scales` of a run: logits = q . k * sm_scale * logits[head]; outputs are multiplied by output_scale *
+    output[head].
 
     sinks: extra logits of the denominator. The tensors are fp32 `[num_qo_heads]` (stride 0 or 1) or None.
     """

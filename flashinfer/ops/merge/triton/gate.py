@@ -1,0 +1,29 @@
+"""What the offline compile gate compiles of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from flashinfer.ops.merge.triton.kernel import ROWS, StateView, merge_kernel
+from flashinfer.testing.gate import GateCase
+
+
+def cases() -> Iterator[GateCase]:
+    """merge_pair in place with a mask, and merge_many, in the dtypes they take."""
+    for dtype in ("bf16", "fp16", "fp32"):
+        view = StateView(f"*{dtype}", "*fp32", *["i32"] * 6)
+        for name, first, keep in (("pair", view, "*u8"), ("many", "constexpr", "constexpr")):
+            signature = {"first": first, "rest": view, "out": view, "keep": keep}
+            constexprs = {"HEAD_DIM": 128, "BLOCK": 128, "ROWS": ROWS}
+            absent = {argument: None for argument, kind in signature.items() if kind == "constexpr"}
+            yield GateCase(
+                name=f"merge_{name}.{dtype}",
+                kernel=merge_kernel,
+                signature={
+                    **signature,
+                    **dict.fromkeys(("num_rows", "num_states", "num_heads"), "i32"),
+                    **dict.fromkeys(constexprs, "constexpr"),
+                },
+                constexprs={**constexprs, **absent},
+                options={"num_warps": 4},
+            )
