@@ -45,12 +45,11 @@ class Session:
         self._mask: Variant | None = None
         self._plan: Any = None
         self._rows: int | None = None
+        self._expected_rows: int | None = None
         self._checked: list[Any] = []
 
     def plan(self, spec: AttentionSpec, batch: Batch, options: Options, mask: Variant | None = None) -> None:
         """Choose an implementation and schedule `batch`; waits for the first `run` where only that tells the rows."""
-        if self.fixed_addresses and batch.total_rows is None:
-            batch = batch._replace(total_rows=self._rows)
         variant = options.variant(spec.num_qo_heads, spec.head_dim_qk, self.device, mask)
         if self.extra is not None:
             variant &= self.extra
@@ -60,12 +59,21 @@ class Session:
         self._impl, self.backend = impl.load(), impl.name
         self._plan = None
         self._checked = []
-        if batch.total_rows is not None:
-            self._schedule(batch)
+        self._expected_rows = batch.total_rows
+        if self.fixed_addresses and self._rows is not None:
+            # A captured run holds the first plan's tiles and tables: later batches fill them as far as they need.
+            if batch.total_rows is not None and batch.total_rows > self._rows:
+                want = f"at most {self._rows}, those of the first plan, which a CUDA graph may hold"
+                raise ValueError(
+                    check.problem("qo_indptr", f"{batch.total_rows} rows", want, "Plan the largest first.")
+                )
+            self._schedule(self._rows)
+        elif batch.total_rows is not None:
+            self._schedule(batch.total_rows)
 
     def invalidate(self) -> None:
         """Forget the plan: its memory is gone."""
-        self._batch = self._plan = None
+        self._batch = self._plan = self._rows = None
         self.arena.frozen = False
 
     def replan(self, options: Options) -> None:
@@ -75,11 +83,10 @@ class Session:
             assert self._batch is not None
             self.plan(self.spec, self._batch, options, self._mask)
 
-    def _schedule(self, batch: Batch) -> None:
-        assert self._impl is not None
-        self._plan = self._impl.plan(self.spec, batch, self.variant, self.arena)
-        self._rows = batch.total_rows
-        self._batch = batch
+    def _schedule(self, rows: int) -> None:
+        assert self._impl is not None and self._batch is not None
+        self._plan = self._impl.plan(self.spec, self._batch._replace(total_rows=rows), self.variant, self.arena)
+        self._rows = rows
         self.arena.frozen = self.fixed_addresses
 
     def require_plan(self) -> None:
@@ -104,7 +111,8 @@ class Session:
             self._check(q, k, v, out, lse)
             self._checked = layouts
         if self._plan is None:
-            self._schedule(self._batch._replace(total_rows=q.shape[0]))
+            self._expected_rows = q.shape[0]
+            self._schedule(q.shape[0])
         rows, heads = q.shape[0], self.spec.num_qo_heads
         if out is None:
             out = torch.empty((rows, heads, self.spec.head_dim_vo), dtype=self.spec.o_dtype, device=self.device)
@@ -118,7 +126,7 @@ class Session:
     ) -> None:
         """Raise where a tensor differs from the plan."""
         self._check_inputs(q, k, v)
-        rows, planned = q.shape[0], self._batch.total_rows if self._batch is not None else None
+        rows, planned = q.shape[0], self._expected_rows
         if planned is not None and rows != planned and not (self.fixed_addresses and rows >= planned):
             raise ValueError(check.problem("q", f"{rows} rows", f"{planned}, as planned", "Plan again for this batch."))
         shape = (rows, self.spec.num_qo_heads)

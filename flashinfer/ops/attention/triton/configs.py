@@ -54,6 +54,8 @@ def block_m_for(spec: AttentionSpec, traits: Traits, rows_per_request: float) ->
 def choose(spec: AttentionSpec, arch: Arch, traits: Traits, block_m: int) -> Launch:
     """The launch for query tiles of `block_m` packed rows."""
     block_qk, block_vo = (max(16, power_of_two(dim)) for dim in (spec.head_dim_qk, spec.head_dim_vo))
+    # Triton 3.6 multiplies wrongly on Hopper where V rows are shorter than 128 bytes and than K rows (docs/decisions).
+    block_vo = max(block_vo, min(block_qk, 64))
     block_n, num_warps, per_sm, stages = _inner(block_m, block_qk + block_vo, spec, arch, traits)
     config = KernelConfig(
         num_kv_heads=spec.num_kv_heads,

@@ -120,9 +120,10 @@ def attend_tiles(
             s = tl.where(fold_mask(hooks.mask, inside[None, :], at), s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1))
         # Rows that have seen nothing yet have m = -inf, and -inf - -inf is NaN.
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new) * scale
-        p = tl.math.exp2(s * scale - shift[:, None])
-        alpha = tl.math.exp2(m_i * scale - shift)
+        highest = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.math.exp2(s * scale - (highest * scale)[:, None])
+        # The difference first: m * scale - shift, fused, is not 0 for an unchanged maximum, and the bias adds up.
+        alpha = tl.math.exp2((m_i - highest) * scale)
         l_i = l_i * alpha + tl.sum(p, 1)
         v = load_tile(v_base, offs_v, offs_vo, inside, cfg.head_dim_vo, cfg.block_vo).to(q.dtype)
         acc = tl.dot(p.to(q.dtype), v, acc * alpha[:, None], input_precision="ieee")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from flashinfer.ops.merge.triton.kernel import ROWS, StateView, merge_kernel
+from flashinfer.ops.merge.triton.kernel import StateView, merge_config, merge_kernel
 from flashinfer.testing.gate import GateCase
 
 
@@ -14,16 +14,12 @@ def cases() -> Iterator[GateCase]:
         view = StateView(f"*{dtype}", "*fp32", *["i32"] * 6)
         for name, first, keep in (("pair", view, "*u8"), ("many", "constexpr", "constexpr")):
             signature = {"first": first, "rest": view, "out": view, "keep": keep}
-            constexprs = {"HEAD_DIM": 128, "BLOCK": 128, "ROWS": ROWS}
             absent = {argument: None for argument, kind in signature.items() if kind == "constexpr"}
+            numbers = dict.fromkeys(("num_rows", "num_states", "num_heads"), "i32")
             yield GateCase(
                 name=f"merge_{name}.{dtype}",
                 kernel=merge_kernel,
-                signature={
-                    **signature,
-                    **dict.fromkeys(("num_rows", "num_states", "num_heads"), "i32"),
-                    **dict.fromkeys(constexprs, "constexpr"),
-                },
-                constexprs={**constexprs, **absent},
+                signature={**signature, **numbers, "cfg": "constexpr"},
+                constexprs={"cfg": merge_config(128, many=name == "many"), **absent},
                 options={"num_warps": 4},
             )

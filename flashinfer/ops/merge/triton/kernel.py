@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,22 @@ import triton
 import triton.language as tl
 
 State = tuple[torch.Tensor, torch.Tensor]
-ROWS = 8
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """A program takes `rows` rows and `states` states at a time; block: head_dim rounded up to a power of two."""
+
+    head_dim: int
+    block: int
+    rows: int
+    states: int
+
+
+def merge_config(head_dim: int, many: bool) -> MergeConfig:
+    """Few rows and many states are summed 16 at a time: a tree, whose rounding grows with the depth only."""
+    rows, states = (1, 16) if many else (8, 1)
+    return MergeConfig(head_dim, max(16, triton.next_power_of_2(head_dim)), rows, states)
 
 
 class StateView(NamedTuple):
@@ -26,56 +42,51 @@ class StateView(NamedTuple):
 
 
 @triton.jit
-def _fold(state, view, offs_n, offs_head, offs_dim, index, mask_row, mask):
-    """(m, l, acc) with state `index` of the view added; a side with lse -inf is dropped, whatever it holds."""
+def _fold(state, view, offs_n, offs_head, offs_dim, index, mask_row, mask_state, DIM: tl.constexpr):
+    """(m, l, acc) with the states `index` of the view added; one with lse -inf is dropped, whatever it holds."""
     m_i, l_i, acc = state
-    s = tl.load(view.s + offs_n * view.s_row + offs_head * view.s_head + index * view.s_step, mask=mask_row, other=0.0)
-    pointers = view.v + offs_n * view.v_row + offs_head * view.v_head + index * view.v_step
-    v = tl.load(pointers[:, None] + offs_dim[None, :], mask=mask & (s != float("-inf"))[:, None], other=0.0)
-    m_new = tl.maximum(m_i, s)
+    mask = mask_row[:, None] & mask_state[None, :]
+    offs_s = (offs_n * view.s_row + offs_head * view.s_head)[:, None] + index[None, :] * view.s_step
+    s = tl.load(view.s + offs_s, mask=mask, other=float("-inf"))
+    offs_v = (offs_n * view.v_row + offs_head * view.v_head)[:, None] + index[None, :] * view.v_step
+    present = mask & (s != float("-inf"))
+    pointers = view.v + offs_v[:, :, None] + offs_dim[None, None, :]
+    v = tl.load(pointers, mask=present[:, :, None] & (offs_dim < DIM)[None, None, :], other=0.0).to(tl.float32)
+    m_new = tl.maximum(m_i, tl.max(s, 1))
     shift = tl.where(m_new == float("-inf"), 0.0, m_new)
     alpha = tl.math.exp2(m_i - shift)
-    weight = tl.math.exp2(s - shift)
-    acc = acc * alpha[:, None] + v.to(tl.float32) * weight[:, None]
-    return m_new, l_i * alpha + weight, acc
+    weight = tl.math.exp2(s - shift[:, None])
+    acc = acc * alpha[:, None] + tl.sum(v * weight[:, :, None], 1)
+    return m_new, l_i * alpha + tl.sum(weight, 1), acc
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_states"])
-def merge_kernel(
-    first,
-    rest,
-    out,
-    keep,
-    num_rows,
-    num_states,
-    num_heads,
-    HEAD_DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Grid: rows / ROWS. first, rest, out: StateView; `rest` has num_states states a row; keep: mask `[n]` or None."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+def merge_kernel(first, rest, out, keep, num_rows, num_states, num_heads, cfg: tl.constexpr):
+    """Grid: rows / cfg.rows. first, rest, out: StateView, `rest` of num_states states a row; keep: mask `[n]` or None."""
+    row = tl.program_id(0).to(tl.int64) * cfg.rows + tl.arange(0, cfg.rows)
     offs_n = row // num_heads
     offs_head = row % num_heads
-    offs_dim = tl.arange(0, BLOCK)
+    offs_dim = tl.arange(0, cfg.block)
     mask_row = row < num_rows
     if keep is not None:
         # Rows that stay as they are: `out` is `first` there, nothing is written.
         mask_row = mask_row & (tl.load(keep + offs_n, mask=mask_row, other=0) != 0)
-    mask = mask_row[:, None] & (offs_dim < HEAD_DIM)[None, :]
     state = (
-        tl.full([ROWS], float("-inf"), tl.float32),
-        tl.full([ROWS], 0.0, tl.float32),
-        tl.full([ROWS, BLOCK], 0.0, tl.float32),
+        tl.full([cfg.rows], float("-inf"), tl.float32),
+        tl.full([cfg.rows], 0.0, tl.float32),
+        tl.full([cfg.rows, cfg.block], 0.0, tl.float32),
     )
+    offs_state = tl.arange(0, cfg.states)
     if first is not None:
-        state = _fold(state, first, offs_n, offs_head, offs_dim, 0, mask_row, mask)
-    for index in range(num_states):
-        state = _fold(state, rest, offs_n, offs_head, offs_dim, index, mask_row, mask)
+        state = _fold(state, first, offs_n, offs_head, offs_dim, offs_state, mask_row, offs_state < 1, cfg.head_dim)
+    for begin in range(0, num_states, cfg.states):
+        index = begin + offs_state
+        state = _fold(state, rest, offs_n, offs_head, offs_dim, index, mask_row, index < num_states, cfg.head_dim)
     m_i, l_i, acc = state
     value = acc * tl.where(l_i == 0, 0.0, 1.0 / l_i)[:, None]
-    pointers = out.v + offs_n * out.v_row + offs_head * out.v_head
-    tl.store(pointers[:, None] + offs_dim[None, :], value.to(out.v.dtype.element_ty), mask=mask)
+    pointers = out.v + (offs_n * out.v_row + offs_head * out.v_head)[:, None] + offs_dim[None, :]
+    mask = mask_row[:, None] & (offs_dim < cfg.head_dim)[None, :]
+    tl.store(pointers, value.to(out.v.dtype.element_ty), mask=mask)
     lse = tl.where(l_i == 0, float("-inf"), m_i + tl.math.log2(l_i))
     tl.store(out.s + offs_n * out.s_row + offs_head * out.s_head, lse, mask=mask_row)
 
@@ -109,8 +120,8 @@ def _launch(
     num_rows = n * num_heads
     if num_rows == 0:
         return
-    block = max(16, triton.next_power_of_2(head_dim))
+    cfg = merge_config(head_dim, many=first is None)
     with torch.cuda.device_of(out.v):
-        merge_kernel[(triton.cdiv(num_rows, ROWS),)](
-            first, rest, out, keep, num_rows, num_states, num_heads, HEAD_DIM=head_dim, BLOCK=block, ROWS=ROWS
+        merge_kernel[(triton.cdiv(num_rows, cfg.rows),)](
+            first, rest, out, keep, num_rows, num_states, num_heads, cfg=cfg, num_warps=4
         )
