@@ -62,7 +62,7 @@ def _fold(state, view, offs_n, offs_head, offs_dim, index, mask_row, mask_state,
 
 @triton.jit(do_not_specialize=["num_rows", "num_states"])
 def merge_kernel(first, rest, out, keep, num_rows, num_states, num_heads, cfg: tl.constexpr):
-    """Grid: rows / cfg.rows. first, rest, out: StateView, `rest` of num_states states a row; keep: mask `[n]` or None."""
+    """Grid: rows / cfg.rows. first, rest, out: StateView; rest: num_states states a row; keep: mask `[n]` or None."""
     row = tl.program_id(0).to(tl.int64) * cfg.rows + tl.arange(0, cfg.rows)
     offs_n = row // num_heads
     offs_head = row % num_heads
