@@ -162,28 +162,57 @@ class PagedCache:
         return self.indptr.to(index_device), self.indices.to(DEVICE), self.last_page_len.to(index_device)
 
 
-def page_views(case: Case, num_pages: int) -> tuple[Any, torch.Tensor, torch.Tensor]:
+Views = tuple[Any, torch.Tensor, torch.Tensor]
+
+
+def _five_dims(case: Case, num_pages: int, page: tuple[int, int], dims: tuple[int, int]) -> Views:
+    kv = poisoned((num_pages, 2, *page, dims[0]), case.stored, DEVICE)
+    return kv, kv[:, 0], kv[:, 1]
+
+
+def _strided(case: Case, num_pages: int, page: tuple[int, int], dims: tuple[int, int]) -> Views:
+    kv = poisoned((num_pages, *page, 2, dims[0]), case.stored, DEVICE).permute(0, 3, 1, 2, 4)
+    return kv, kv[:, 0], kv[:, 1]
+
+
+def _packed(case: Case, num_pages: int, page: tuple[int, int], dims: tuple[int, int]) -> Views:
+    both = poisoned((num_pages, *page, sum(dims)), case.stored, DEVICE)
+    k, v = both[..., : dims[0]], both[..., dims[0] :]
+    return (k, v), k, v
+
+
+def _tuple(case: Case, num_pages: int, page: tuple[int, int], dims: tuple[int, int]) -> Views:
+    k, v = (poisoned((num_pages, *page, d), case.stored, DEVICE) for d in dims)
+    return (k, v), k, v
+
+
+def _four_dims(case: Case, num_pages: int, page: tuple[int, int], dims: tuple[int, int]) -> Views:
+    kv = poisoned((num_pages, 2, case.num_kv_heads, dims[0]), case.stored, DEVICE)
+    token = 2 if case.kv_layout == "HND" else 1
+    return kv, kv[:, 0].unsqueeze(token), kv[:, 1].unsqueeze(token)
+
+
+def _tuple_of_three_dims(case: Case, num_pages: int, page: tuple[int, int], dims: tuple[int, int]) -> Views:
+    k, v = (poisoned((num_pages, case.num_kv_heads, d), case.stored, DEVICE) for d in dims)
+    token = 2 if case.kv_layout == "HND" else 1
+    return (k, v), k.unsqueeze(token), v.unsqueeze(token)
+
+
+CACHE_FORMS = {
+    "5d": _five_dims,
+    "strided": _strided,
+    "packed": _packed,
+    "tuple": _tuple,
+    "4d": _four_dims,
+    "tuple3d": _tuple_of_three_dims,
+}
+
+
+def page_views(case: Case, num_pages: int) -> Views:
     """NaN-filled storage in the case's form: (the cache, its K and V as `[pages, page_size, num_kv_heads, dim]`)."""
-    heads, ps, dims = case.num_kv_heads, case.page_size, (case.head_dim, case.dim_vo)
     hnd = case.kv_layout == "HND"
-    page = (heads, ps) if hnd else (ps, heads)
-    if case.cache_form == "5d":
-        kv: Any = poisoned((num_pages, 2, *page, dims[0]), case.stored, DEVICE)
-        k, v = kv[:, 0], kv[:, 1]
-    elif case.cache_form == "strided":
-        kv = poisoned((num_pages, *page, 2, dims[0]), case.stored, DEVICE).permute(0, 3, 1, 2, 4)
-        k, v = kv[:, 0], kv[:, 1]
-    elif case.cache_form == "packed":
-        both = poisoned((num_pages, *page, sum(dims)), case.stored, DEVICE)
-        kv = k, v = both[..., : dims[0]], both[..., dims[0] :]
-    elif case.cache_form == "4d":
-        kv = poisoned((num_pages, 2, heads, dims[0]), case.stored, DEVICE)
-        return kv, kv[:, 0].unsqueeze(1), kv[:, 1].unsqueeze(1)
-    elif case.cache_form == "tuple3d":
-        kv = tuple(poisoned((num_pages, heads, d), case.stored, DEVICE) for d in dims)
-        return kv, kv[0].unsqueeze(1), kv[1].unsqueeze(1)
-    else:
-        kv = k, v = tuple(poisoned((num_pages, *page, d), case.stored, DEVICE) for d in dims)
+    page = (case.num_kv_heads, case.page_size) if hnd else (case.page_size, case.num_kv_heads)
+    kv, k, v = CACHE_FORMS[case.cache_form](case, num_pages, page, (case.head_dim, case.dim_vo))
     return (kv, k.transpose(1, 2), v.transpose(1, 2)) if hnd else (kv, k, v)
 
 
