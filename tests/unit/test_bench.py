@@ -307,12 +307,3 @@ def test_gpu_test_judges_pytest_honestly(tmp_path: Path, body: str, problem: str
 def test_gpu_scripts_refuse_to_run_without_a_gpu() -> None:
     assert gpu_test.main([]) == 2
     assert gpu_bench.main([]) == 2
-
-
-def test_asking_for_an_absent_sweep_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu_bench, "SWEEP_MODULE", "flashinfer.no_such_tuning")
-    assert gpu_bench.main(["--sweep", "--out", str(tmp_path)]) == 2
-    assert "no_such_tuning" in capsys.readouterr().err
