@@ -141,6 +141,8 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             warnings.warn(
                 "options of plan() by position are deprecated: pass keywords", DeprecationWarning, stacklevel=2
             )
+            if len(deprecated_positional_args) > len(_LEGACY_ORDER):
+                raise TypeError(f"plan() takes at most {7 + len(_LEGACY_ORDER)} positional arguments")
             kwargs = dict(zip(_LEGACY_ORDER, deprecated_positional_args, strict=False)) | kwargs
         check.unknown_keywords("plan", kwargs, _LEGACY_ORDER)
         arrays = {"indptr": indptr, "indices": indices, "last_page_len": last_page_len}
@@ -162,11 +164,10 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
         q_len = check.positive("q_len_per_req", given.get("q_len_per_req") or 1)
         whole = bool(given.get("disable_split_kv")) or (given.get("fixed_split_size") or -1) > 0
         spec = attention_spec(heads, (head_dim, head_dim), page_size, dtypes, q_len, not whole)
-        window = given.get("window_left", -1)
         options = Options.of(
             head_dim,
             q_len > 1,
-            -1 if window is None else window,
+            given.get("window_left"),
             given.get("logits_soft_cap"),
             given.get("pos_encoding_mode") or "NONE",
             given.get("sm_scale"),
@@ -179,10 +180,11 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
                 check.problem("q_len_per_req", q_len, f"{self._q_len_per_req}: it is frozen", "Use another wrapper.")
             )
         self._q_len_per_req = q_len
-        kv, table, last = self._hold(arrays)
-        self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = kv, table, last
+        kv, table, last = self._hold(arrays, "indices")
+        if not self._use_cuda_graph:
+            self._paged_kv_indptr_buf, self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = kv, table, last
         rows = batch.batch_size * q_len
-        batch = batch._replace(kv_indptr=kv, kv_indices=table, last_page_len=last, total_rows=rows)
+        batch = batch._replace(kv_indptr=kv, kv_indices=table, last_page_len=last, total_rows=rows, covers_rows=True)
         self._plan(spec, batch, options)
 
     def run(
@@ -217,6 +219,9 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
             ("kv_cache_sf", kv_cache_sf, None),
         )
         self._require_window(window_left)
+        if q_len_per_req is not None and self._q_len_per_req not in (None, q_len_per_req):
+            want = f"{self._q_len_per_req}, as planned"
+            raise ValueError(check.problem("q_len_per_req", q_len_per_req, want, "Give it to plan(...) instead."))
         k, v = paged_views(paged_kv_cache, self._kv_layout)
         return self._run((q, k, v), (q_scale, k_scale, v_scale, None, sinks), (out, lse, return_lse))
 

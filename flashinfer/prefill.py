@@ -55,7 +55,7 @@ def single_prefill(
     custom, packed = (None if m is None else m.reshape(-1) for m in masks)
     mask = wrapper._mask_variant(custom, packed, bits)
     qo_indptr, kv_indptr = (_bounds(x.shape[0], q.device) for x in (q, k))
-    batch = Batch(qo_indptr, kv_indptr, None, None, 1, q.shape[0], k.shape[0])
+    batch = Batch(qo_indptr, kv_indptr, None, None, 1, q.shape[0], k.shape[0], covers_rows=True)
     wrapper._plan(spec, batch, options, mask)
     return wrapper._run((q, k, v), (*factors, None, None), (None, None, return_lse))
 
@@ -127,13 +127,20 @@ class _PrefillWrapper(BatchWrapper):
             want = f"batch + 1 = {batch.batch_size + 1}, as {kv_name}"
             raise ValueError(check.problem("qo_indptr", f"{qo_indptr.numel()} entries", want, "Describe one batch."))
         self._check_batch_size("qo_indptr", batch.batch_size, "qo_indptr_buf", 1)
-        return batch._replace(qo_indptr=qo_indptr, total_rows=indices.last_of(qo_indptr))
+        covers = qo_indptr.device.type == "cpu" and int(qo_indptr[0]) == 0
+        return batch._replace(qo_indptr=qo_indptr, total_rows=indices.last_of(qo_indptr), covers_rows=covers)
 
     def _make_mask(self, custom: OptionalTensor, packed: OptionalTensor, batch: Batch, page_size: int) -> Any:
-        if custom is None and packed is None:
-            return None
+        masked = custom is not None or packed is not None
         buffers = (self._custom_mask_buf, self._mask_indptr_buf)
-        return self._mask_variant(custom, packed, mask_bits(batch, page_size), buffers)
+        self._check_mask_buffers(masked, buffers)
+        return self._mask_variant(custom, packed, mask_bits(batch, page_size), buffers) if masked else None
+
+    def _keep_mask_buffers(self, custom_mask_buf: OptionalTensor, mask_indptr_buf: OptionalTensor) -> None:
+        self._custom_mask_buf, self._mask_indptr_buf = custom_mask_buf, mask_indptr_buf
+        if self._use_cuda_graph and custom_mask_buf is not None:
+            self._check_buffer("custom_mask_buf", custom_mask_buf, (torch.uint8,))
+            self._check_buffer("mask_indptr_buf", mask_indptr_buf, check.INDEX_DTYPES)
 
     def _override(
         self, qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor], scales: tuple[Scale, Scale], given: tuple[Any, ...]
@@ -178,7 +185,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_PrefillWrapper):
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, buffers)
         self._qo_indptr_buf, self._paged_kv_indptr_buf = qo_indptr_buf, paged_kv_indptr_buf
         self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = paged_kv_indices_buf, paged_kv_last_page_len_buf
-        self._custom_mask_buf, self._mask_indptr_buf = custom_mask_buf, mask_indptr_buf
+        self._keep_mask_buffers(custom_mask_buf, mask_indptr_buf)
 
     def plan(
         self,
@@ -245,9 +252,10 @@ class BatchPrefillWithPagedKVCacheWrapper(_PrefillWrapper):
         }
         batch = self._with_queries("paged_kv_indptr", qo_indptr, paged_batch(self.device, arrays, page_size))
         mask = self._make_mask(custom_mask, packed_custom_mask, batch, page_size)
-        qo, kv, table, last = self._hold({"qo_indptr": qo_indptr, **arrays})
-        self._qo_indptr_buf, self._paged_kv_indptr_buf = qo, kv
-        self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = table, last
+        qo, kv, table, last = self._hold({"qo_indptr": qo_indptr, **arrays}, "paged_kv_indices")
+        if not self._use_cuda_graph:
+            self._qo_indptr_buf, self._paged_kv_indptr_buf = qo, kv
+            self._paged_kv_indices_buf, self._paged_kv_last_page_len_buf = table, last
         batch = batch._replace(qo_indptr=qo, kv_indptr=kv, kv_indices=table, last_page_len=last)
         self._plan(spec, batch, options, mask)
 
@@ -344,7 +352,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_PrefillWrapper):
         buffers = {"qo_indptr_buf": qo_indptr_buf, "kv_indptr_buf": kv_indptr_buf}
         super().__init__(float_workspace_buffer, kv_layout, use_cuda_graph, backend, jit_args, buffers)
         self._qo_indptr_buf, self._kv_indptr_buf = qo_indptr_buf, kv_indptr_buf
-        self._custom_mask_buf, self._mask_indptr_buf = custom_mask_buf, mask_indptr_buf
+        self._keep_mask_buffers(custom_mask_buf, mask_indptr_buf)
 
     def plan(
         self,
@@ -396,9 +404,10 @@ class BatchPrefillWithRaggedKVCacheWrapper(_PrefillWrapper):
         batch = Batch(None, kv_indptr, None, None, kv_indptr.numel() - 1, None, indices.last_of(kv_indptr))
         batch = self._with_queries("kv_indptr", qo_indptr, batch)
         mask = self._make_mask(custom_mask, packed_custom_mask, batch, 1)
-        held = self._hold({"qo_indptr": qo_indptr, "kv_indptr": kv_indptr})
-        self._qo_indptr_buf, self._kv_indptr_buf = held
-        self._plan(spec, batch._replace(qo_indptr=held[0], kv_indptr=held[1]), options, mask)
+        qo, kv = self._hold({"qo_indptr": qo_indptr, "kv_indptr": kv_indptr}, None)
+        if not self._use_cuda_graph:
+            self._qo_indptr_buf, self._kv_indptr_buf = qo, kv
+        self._plan(spec, batch._replace(qo_indptr=qo, kv_indptr=kv), options, mask)
 
     begin_forward = plan
 

@@ -76,7 +76,7 @@ def upload(device: torch.device, tensors: list[torch.Tensor]) -> list[torch.Tens
     """
     host = [t for t in tensors if t.device != device]
     if not host:
-        return tensors
+        return [t.contiguous() for t in tensors]
     # Every array begins on 16 bytes there, as a tensor of its own would.
     sizes = [-(-t.numel() // 4) * 4 for t in host]
     packed = torch.empty(sum(sizes), dtype=torch.int32, pin_memory=True)
@@ -84,4 +84,4 @@ def upload(device: torch.device, tensors: list[torch.Tensor]) -> list[torch.Tens
         part[: t.numel()] = t
     parts = packed.to(device, non_blocking=True).split(sizes)
     arrived = iter([part[: t.numel()] for part, t in zip(parts, host, strict=True)])
-    return [t if t.device == device else next(arrived) for t in tensors]
+    return [t.contiguous() if t.device == device else next(arrived) for t in tensors]

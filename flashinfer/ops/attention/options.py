@@ -33,7 +33,7 @@ class Options:
     def of(
         head_dim_qk: int,
         causal: bool,
-        window_left: int,
+        window_left: int | None,
         logits_soft_cap: float | None,
         pos_encoding_mode: str,
         sm_scale: float | None,
@@ -41,6 +41,7 @@ class Options:
     ) -> Options:
         """rope: (rope_scale, rope_theta). None means FlashInfer's default. Raises KeyError for an unknown mode."""
         check.choice("pos_encoding_mode", pos_encoding_mode, POS_ENCODING_MODES, KeyError)
+        window_left = -1 if window_left is None else window_left
         if window_left < -1:
             raise ValueError(
                 check.problem(
@@ -73,7 +74,8 @@ class Options:
         elif self.causal:
             result &= variants.causal()
         if self.window_left >= 0:
-            result &= variants.sliding_window(self.window_left)
+            # No KV is longer; a larger number would overflow where a token's index is added to it.
+            result &= variants.sliding_window(min(self.window_left, 1 << 30))
         return result
 
 
@@ -96,6 +98,7 @@ Scale = float | torch.Tensor | None
 def scales_of(
     sm_scale: float,
     spec: AttentionSpec,
+    queries: torch.Tensor,
     q: Scale,
     k: Scale,
     v: Scale,
@@ -104,25 +107,30 @@ def scales_of(
 ) -> Scales:
     """One run's factors: q and k scales multiply the logits, v and o scales the output.
 
-    Each scale is a float, a one-element tensor, or fp32 `[num_qo_heads]` (q, o) or `[num_kv_heads]` (k, v).
+    Each scale is a float, a one-element tensor, or fp32 `[num_qo_heads]` (q, o) or `[num_kv_heads]` (k, v), on the
+    device of `queries`.
     """
-    logits_float, logits = _product(spec, ("q_scale", q), ("k_scale", k))
-    output_float, output = _product(spec, ("v_scale", v), ("o_scale", o))
+    like = ("q", queries)
+    logits_float, logits = _product(spec, like, ("q_scale", q), ("k_scale", k))
+    output_float, output = _product(spec, like, ("v_scale", v), ("o_scale", o))
     if sinks is not None:
-        check.tensor("sinks", sinks, dtypes=(torch.float32,))
+        check.tensor("sinks", sinks, dtypes=(torch.float32,), like=like)
         if sinks.numel() != spec.num_qo_heads:
             raise ValueError(
                 check.problem("sinks", f"{sinks.numel()} values", f"num_qo_heads = {spec.num_qo_heads}", "One a head.")
             )
-        sinks = sinks.reshape(-1)
+        sinks = sinks.reshape(-1).contiguous()
     return Scales(sm_scale * logits_float, output_float, logits, output, sinks)
 
 
-def _product(spec: AttentionSpec, *scales: tuple[str, Scale]) -> tuple[float, torch.Tensor | None]:
+def _product(
+    spec: AttentionSpec, like: tuple[str, torch.Tensor], *scales: tuple[str, Scale]
+) -> tuple[float, torch.Tensor | None]:
     factor, heads = 1.0, None
     for name, scale in scales:
         if isinstance(scale, torch.Tensor):
-            per_head = scale.reshape(-1).to(torch.float32)
+            check.tensor(name, scale, like=like)
+            per_head = scale.reshape(-1).to(torch.float32).contiguous()
             if per_head.numel() not in (1, spec.num_kv_heads, spec.num_qo_heads):
                 want = f"1, num_kv_heads = {spec.num_kv_heads} or num_qo_heads = {spec.num_qo_heads} values"
                 raise ValueError(check.problem(name, f"{per_head.numel()} values", want, "Pass one a head."))

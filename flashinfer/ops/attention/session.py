@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -45,42 +46,47 @@ class Session:
         self._mask: Variant | None = None
         self._plan: Any = None
         self._rows: int | None = None
+        self._override: Options | None = None
         self._expected_rows: int | None = None
         self._checked: list[Any] = []
 
     def plan(self, spec: AttentionSpec, batch: Batch, options: Options, mask: Variant | None = None) -> None:
-        """Choose an implementation and schedule `batch`; waits for the first `run` where only that tells the rows."""
+        """Choose an implementation and schedule `batch`; waits for the first `run` where only that tells the rows.
+
+        Nothing changes when it raises.
+        """
+        if self._override is not None:
+            # A captured `forward` gave its own options: the tables it replays with are made for these.
+            options = self._override
         variant = options.variant(spec.num_qo_heads, spec.head_dim_qk, self.device, mask)
         if self.extra is not None:
             variant &= self.extra
-        self.options, self.variant, self._batch, self._mask = options, variant, batch, mask
-        self.spec = replace(spec, variant=variant.names)
-        impl = select(IMPLS, self.spec, arch_of(self.device), self.request)
-        self._impl, self.backend = impl.load(), impl.name
-        self._plan = None
-        self._checked = []
-        self._expected_rows = batch.total_rows
+        spec = replace(spec, variant=variant.names)
+        impl = select(IMPLS, spec, arch_of(self.device), self.request)
+        rows = batch.total_rows
         if self.fixed_addresses and self._rows is not None:
             # A captured run holds the first plan's tiles and tables: later batches fill them as far as they need.
-            if batch.total_rows is not None and batch.total_rows > self._rows:
+            if rows is not None and rows > self._rows:
                 want = f"at most {self._rows}, those of the first plan, which a CUDA graph may hold"
-                raise ValueError(
-                    check.problem("qo_indptr", f"{batch.total_rows} rows", want, "Plan the largest first.")
-                )
-            self._schedule(self._rows)
-        elif batch.total_rows is not None:
-            self._schedule(batch.total_rows)
+                raise ValueError(check.problem("qo_indptr", f"{rows} rows", want, "Plan the largest batch first."))
+            rows = self._rows
+        self._impl, self.backend = impl.load(), impl.name
+        self.spec, self.options, self.variant, self._batch, self._mask = spec, options, variant, batch, mask
+        self._plan, self._checked, self._expected_rows = None, [], batch.total_rows
+        if rows is not None:
+            self._schedule(rows)
 
     def invalidate(self) -> None:
         """Forget the plan: its memory is gone."""
-        self._batch = self._plan = self._rows = None
+        self._batch = self._plan = self._rows = self._override = None
         self.arena.frozen = False
 
     def replan(self, options: Options) -> None:
-        """Plan the same batch with other options, if they are others."""
+        """Plan the same batch with other options, if they ask for another variant; sm_scale belongs to the run."""
         self.require_plan()
-        if options != self.options:
+        if replace(options, sm_scale=self.options.sm_scale) != self.options:
             assert self._batch is not None
+            self._override = options if self.fixed_addresses else None
             self.plan(self.spec, self._batch, options, self._mask)
 
     def _schedule(self, rows: int) -> None:
@@ -114,10 +120,15 @@ class Session:
             self._expected_rows = q.shape[0]
             self._schedule(q.shape[0])
         rows, heads = q.shape[0], self.spec.num_qo_heads
+        # Rows that belong to no request are 0 and -inf.
+        covered = self._batch.covers_rows and not self.fixed_addresses
         if out is None:
-            out = torch.empty((rows, heads, self.spec.head_dim_vo), dtype=self.spec.o_dtype, device=self.device)
+            make = torch.empty if covered else torch.zeros
+            out = make((rows, heads, self.spec.head_dim_vo), dtype=self.spec.o_dtype, device=self.device)
         if return_lse and lse is None:
             lse = torch.empty((rows, heads), dtype=torch.float32, device=self.device)
+            if not covered:
+                lse.fill_(-math.inf)
         self._impl.run(self.spec, self._plan, Tensors(q, k, v, out, lse), self.variant, scales)
         return (out, lse) if return_lse and lse is not None else out
 
@@ -127,7 +138,9 @@ class Session:
         """Raise where a tensor differs from the plan."""
         self._check_inputs(q, k, v)
         rows, planned = q.shape[0], self._expected_rows
-        if planned is not None and rows != planned and not (self.fixed_addresses and rows >= planned):
+        if planned is None and self.fixed_addresses:
+            planned = self._rows
+        if planned is not None and rows != planned and not (self.fixed_addresses and rows > planned):
             raise ValueError(check.problem("q", f"{rows} rows", f"{planned}, as planned", "Plan again for this batch."))
         shape = (rows, self.spec.num_qo_heads)
         for name, x, dtype, size in (

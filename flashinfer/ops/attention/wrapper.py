@@ -61,9 +61,12 @@ class BatchWrapper:
         self._buffers = buffers or {}
         if use_cuda_graph:
             for name, buffer in self._buffers.items():
-                check.tensor(
-                    name, buffer, dtypes=check.INDEX_DTYPES, like=("float_workspace_buffer", float_workspace_buffer)
-                )
+                self._check_buffer(name, buffer, check.INDEX_DTYPES)
+
+    def _check_buffer(self, name: str, buffer: torch.Tensor | None, dtypes: tuple[torch.dtype, ...]) -> None:
+        like = ("float_workspace_buffer", self._float_workspace_buffer)
+        if not check.tensor(name, buffer, dtypes=dtypes, like=like).is_contiguous():
+            raise ValueError(check.problem(name, "a strided view", "a contiguous tensor", "Pass the buffer whole."))
 
     @property
     def is_cuda_graph_enabled(self) -> bool:
@@ -76,17 +79,21 @@ class BatchWrapper:
 
     def reset_workspace_buffer(self, float_workspace_buffer: torch.Tensor, int_workspace_buffer: torch.Tensor) -> None:
         """Replace the workspace; plan again afterwards. The int buffer is not needed here and kept for its name."""
-        self._float_workspace_buffer = float_workspace_buffer
-        self._int_workspace_buffer = int_workspace_buffer
+        check.tensor("float_workspace_buffer", float_workspace_buffer)
+        if float_workspace_buffer.device != self.device:
+            got, want = f"a tensor on {float_workspace_buffer.device}", f"one on {self.device}"
+            raise ValueError(check.problem("float_workspace_buffer", got, want, "Make a new wrapper."))
         self._session.arena.buffer = _aligned(float_workspace_buffer)
         self._session.invalidate()
+        self._float_workspace_buffer = float_workspace_buffer
+        self._int_workspace_buffer = int_workspace_buffer
 
     def end_forward(self) -> None:
         """Nothing to do; kept for callers of the old names."""
 
     def _plan(self, spec: AttentionSpec, batch: Batch, options: Options, mask: Variant | None = None) -> None:
-        self._planned = options
         self._session.plan(spec, batch, options, mask)
+        self._planned = options
         self._causal, self._window_left = options.causal, options.window_left
         self._logits_soft_cap, self._sm_scale = options.logits_soft_cap, options.sm_scale
 
@@ -99,27 +106,29 @@ class BatchWrapper:
                 check.problem(name, f"batch size {batch_size}", f"{fixed}, fixed by {buffer_name}", "Pad the batch.")
             )
 
-    def _hold(self, arrays: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        """The plan's index arrays on the device; with CUDA graphs in the user's buffers, given in the same order."""
-        on_device = indices.upload(self.device, list(arrays.values()))
-        if not self._use_cuda_graph:
-            return on_device
-        return [self._keep(*item) for item in zip(arrays, on_device, self._buffers.values(), strict=True)]
+    def _hold(self, arrays: dict[str, torch.Tensor], table: str | None) -> list[torch.Tensor]:
+        """The plan's index arrays on the device, safe from later changes; `table` names the page table.
 
-    def _keep(self, name: str, given: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
-        """The plan's array: `given`, or with CUDA graphs its copy in the user's buffer."""
-        if not self._use_cuda_graph or buffer is None:
-            return given
-        if given.numel() > buffer.numel():
-            raise ValueError(
-                check.problem(
-                    name, f"{given.numel()} entries", f"at most {buffer.numel()}, its buffer", "Give a larger one."
-                )
-            )
-        held = buffer[: given.numel()]
-        held.copy_(given, non_blocking=True)
-        # The whole buffer's address is what a graph holds; what lies behind the copied part is never read.
-        return held
+        With CUDA graphs they are copied to the user's buffers (`self._buffers`, in the same order); else what the
+        caller has on the device is copied too, but for the page table: `run` reads that one, as the original does.
+        """
+        on_device = indices.upload(self.device, list(arrays.values()))
+        if self._use_cuda_graph:
+            buffers = list(self._buffers.values())
+            for name, given, buffer in zip(arrays, on_device, buffers, strict=True):
+                _check_fits(name, given, buffer)
+            return [_copied(given, buffer) for given, buffer in zip(on_device, buffers, strict=True)]
+        return [
+            held.clone() if held.data_ptr() == given.data_ptr() and name != table else held
+            for (name, given), held in zip(arrays.items(), on_device, strict=True)
+        ]
+
+    def _check_mask_buffers(self, masked: bool, buffers: tuple[torch.Tensor | None, torch.Tensor | None]) -> None:
+        """With CUDA graphs, whether there are mask buffers decides for all plans whether there is a mask."""
+        if self._use_cuda_graph and masked != (buffers[0] is not None and buffers[1] is not None):
+            got = "a mask without custom_mask_buf and mask_indptr_buf" if masked else "no mask, but mask buffers"
+            want = "a mask in every plan of a wrapper with mask buffers, and in no other"
+            raise ValueError(check.problem("custom_mask", got, want, "A captured run keeps its mask's address."))
 
     def _mask_variant(
         self,
@@ -128,32 +137,21 @@ class BatchWrapper:
         bits: torch.Tensor,
         buffers: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     ) -> Variant | None:
-        """The custom-mask variant; bits: `[batch + 1]` prefix sum of qo_len * kv_len, on the host or the device."""
+        """The custom-mask variant; bits: `[batch + 1]` prefix sum of qo_len * kv_len, on the host or the device.
+
+        buffers: where CUDA graphs expect the packed mask and its byte offsets.
+        """
         if custom is None and packed is None:
             return None
-        byte_indptr = packed_indptr(bits)
-        on_host = bits.device.type == "cpu"
-        if packed is None:
-            assert custom is not None
-            check.tensor("custom_mask", custom, dtypes=(torch.bool,), shape=(int(bits[-1]) if on_host else None,))
-            on_device = (custom.to(self.device), bits.to(self.device), byte_indptr.to(self.device))
-            # Bytes that suffice whatever the lengths are: to ask for their sum would wait for the device.
-            packed = segment_packbits(*on_device, custom.numel() // 8 + bits.numel(), "little")
-        else:
-            least = int(byte_indptr[-1]) if on_host else 0
-            check.tensor("packed_custom_mask", packed, dtypes=(torch.uint8,), shape=(None,))
-            if packed.numel() < least:
-                raise ValueError(
-                    check.problem(
-                        "packed_custom_mask", f"{packed.numel()} bytes", f"{least}", "Pad each request to bytes."
-                    )
-                )
-        packed, byte_indptr = packed.to(self.device), byte_indptr.to(self.device, torch.int32)
+        packed, byte_indptr = _packed_mask(custom, packed, bits, self.device)
+        if buffers[0] is not None and buffers[1] is not None:
+            if bits.device.type != "cpu":
+                packed = packed[: buffers[0].numel()]  # longer only because its size is not known on the host
+            _check_fits("custom_mask", packed, buffers[0])
+            packed, byte_indptr = _copied(packed, buffers[0]), _copied(byte_indptr, buffers[1])
         from flashinfer.ops.attention.variants import custom_mask  # imports Triton where it is installed
 
-        return custom_mask(
-            self._keep("custom_mask", packed, buffers[0]), self._keep("mask_indptr", byte_indptr, buffers[1])
-        )
+        return custom_mask(packed, byte_indptr)
 
     def _run(
         self,
@@ -167,7 +165,7 @@ class BatchWrapper:
         chosen = options or self._planned
         assert chosen is not None
         self._session.replan(chosen)
-        scales = scales_of(chosen.sm_scale, self._session.spec, *factors)
+        scales = scales_of(chosen.sm_scale, self._session.spec, qkv[0], *factors)
         return self._session.run(qkv, scales, *outputs)
 
     def _require_window(self, window_left: int | None) -> None:
@@ -180,6 +178,41 @@ class BatchWrapper:
                     "Give it to plan(...) instead.",
                 )
             )
+
+
+def _packed_mask(
+    custom: torch.Tensor | None, packed: torch.Tensor | None, bits: torch.Tensor, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mask as bytes and int32 byte offsets `[batch + 1]` on `device`; nothing waits for the device."""
+    byte_indptr = packed_indptr(bits)
+    on_host = bits.device.type == "cpu"
+    if packed is None:
+        assert custom is not None
+        check.tensor("custom_mask", custom, dtypes=(torch.bool,), shape=(int(bits[-1]) if on_host else None,))
+        on_device = (custom.to(device), bits.to(device), byte_indptr.to(device))
+        # Bytes that suffice whatever the lengths are, where to ask for their sum would wait.
+        size = int(byte_indptr[-1]) if on_host else custom.numel() // 8 + bits.numel()
+        packed = segment_packbits(*on_device, size, "little")
+    check.tensor("packed_custom_mask", packed, dtypes=(torch.uint8,), shape=(None,))
+    least = int(byte_indptr[-1]) if on_host else 0
+    if packed.numel() < least:
+        fix = "Pad each request to whole bytes."
+        raise ValueError(check.problem("packed_custom_mask", f"{packed.numel()} bytes", f"at least {least}", fix))
+    return packed.to(device).contiguous(), byte_indptr.to(device, torch.int32)
+
+
+def _check_fits(name: str, given: torch.Tensor, buffer: torch.Tensor | None) -> None:
+    if buffer is not None and given.numel() > buffer.numel():
+        want = f"at most {buffer.numel()}, the size of its buffer"
+        raise ValueError(check.problem(name, f"{given.numel()} entries", want, "Give a larger buffer."))
+
+
+def _copied(given: torch.Tensor, buffer: torch.Tensor | None) -> torch.Tensor:
+    """`given` in the front of `buffer`, whose address a graph holds."""
+    assert buffer is not None
+    held = buffer[: given.numel()]
+    held.copy_(given, non_blocking=True)
+    return held
 
 
 def returning_lse(forward: Callable[..., Any]) -> Callable[..., Any]:

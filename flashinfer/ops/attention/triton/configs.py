@@ -32,7 +32,7 @@ def power_of_two(value: int) -> int:
     return 1 << max(0, value - 1).bit_length()
 
 
-def block_m_for(spec: AttentionSpec, traits: Traits, rows_per_request: float) -> int:
+def block_m_for(spec: AttentionSpec, arch: Arch, traits: Traits, rows_per_request: float) -> int:
     """The height of a query tile for requests of about `rows_per_request` queries, in packed rows.
 
     Without split_kv the choice must not depend on the batch: it is that of long requests, or of decode when every
@@ -45,7 +45,7 @@ def block_m_for(spec: AttentionSpec, traits: Traits, rows_per_request: float) ->
     # Registers: wide heads, and K tiles that are rotated in float32, leave less for the accumulator; a float32 tile is
     # twice as large and is multiplied without tensor cores.
     tallest = 64 if widest > 128 or traits.key else 128
-    if spec.q_dtype.itemsize == 4 or widest > 256:
+    if spec.q_dtype.itemsize == 4 or widest > 256 or (traits.key and not arch.has_wgmma):
         tallest = 32
     return next(m for m in BLOCK_MS if m >= packed or m >= tallest)
 
@@ -89,7 +89,7 @@ def _inner(block_m: int, dims: int, spec: AttentionSpec, arch: Arch, traits: Tra
     # Memory-bound tiles: two programs an SM; compute-bound ones: one program with all registers.
     per_sm = 1 if num_warps == 8 else 2
     block_n = 32 if heavy else 64
-    if not arch.has_wgmma and (block_m >= 64 or dims > 512):
+    if not arch.has_wgmma and (block_m >= 32 or dims > 512):
         # Operands of mma.sync lie in registers: half the width spills nothing (compile gate; not timed on such a GPU).
         block_n //= 2
     budget = max(arch.smem_bytes, 65_536) // per_sm - block_m * dims * spec.q_dtype.itemsize

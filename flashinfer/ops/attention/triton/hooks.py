@@ -75,7 +75,7 @@ def launch_key(variant: Variant) -> tuple[Any, ...]:
 
 
 def _kind(value: Any) -> Any:
-    return (value.dtype, alignment(value)) if isinstance(value, torch.Tensor) else value
+    return (value.dtype, alignment(value)) if isinstance(value, torch.Tensor) else (type(value), value)
 
 
 @triton.jit

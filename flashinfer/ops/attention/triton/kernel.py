@@ -88,7 +88,7 @@ def _attend(queries, pages, item, rows, mask_row, q_range, tiles, hooks, factors
     _, _, kv_len, _, qo_len = item
     qo_idx, qo_head = rows
     q_begin, q_lo, q_hi = q_range
-    offs_q = (q_begin + qo_idx).to(tl.int64) * queries.stride_row + qo_head * queries.stride_head
+    offs_q = (q_begin + qo_idx).to(tl.int64) * queries.stride_row + qo_head.to(tl.int64) * queries.stride_head
     offs_qk = tl.arange(0, cfg.block_qk)
     q = load_tile(queries.data, offs_q, offs_qk, mask_row, cfg.head_dim_qk, cfg.block_qk)
     if queries.data.dtype.element_ty.is_fp8():

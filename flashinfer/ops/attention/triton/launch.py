@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -43,7 +43,7 @@ def plan(spec: AttentionSpec, batch: Batch, variant: Variant, arena: Arena) -> T
     assert batch.total_rows is not None
     arch = arch_of(arena.device)
     traits = traits_of(variant)
-    launch = choose(spec, arch, traits, block_m_for(spec, traits, batch.total_rows / max(1, batch.batch_size)))
+    launch = choose(spec, arch, traits, block_m_for(spec, arch, traits, batch.total_rows / max(1, batch.batch_size)))
     cfg = launch.kernel
     num_programs = launch.programs_per_sm * arch.num_sms
     tables = _tables(arena, num_programs, batch, cfg)
@@ -51,12 +51,11 @@ def plan(spec: AttentionSpec, batch: Batch, variant: Variant, arena: Arena) -> T
     # The functions are those of the variant, and the dtypes those of the spec that `launch` was made for.
     key = (launch, launch_key(variant))
     indices = Requests(batch.qo_indptr, batch.kv_indptr, batch.last_page_len)
-    capacity = tables.records.shape[0] - 1
     uniform = spec.uniform_qo_len or 0
     _launch_planner(
         (1, 1, 1),
         (key, alignment(*indices), uniform),
-        (indices, tables, hooks.bounds, batch.batch_size, capacity, num_programs, cfg, uniform, PLANNER_BLOCK),
+        (indices, tables, hooks.bounds, batch.batch_size, batch.total_rows, num_programs, cfg, uniform, PLANNER_BLOCK),
         arena.device,
         num_warps=8,
     )
@@ -93,7 +92,7 @@ def run(spec: AttentionSpec, plan: TritonPlan, tensors: Tensors, variant: Varian
     q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
     lse_stride = 0 if lse is None else lse.stride(0)
     factors = _factors(scales)
-    strides = (q_strides, k_strides, v_strides, out_strides, lse_stride)
+    strides = (_classes(q_strides), _classes(k_strides), _classes(v_strides), _classes(out_strides), lse_stride)
     optional = (lse is None, factors.logits_stride, factors.output_stride, scales.sinks is None)
     key = (plan.key, natural, strides, optional, alignment(*tensors, scales.logits, scales.output, scales.sinks))
     arguments = (
@@ -107,6 +106,12 @@ def run(spec: AttentionSpec, plan: TritonPlan, tensors: Tensors, variant: Varian
         cfg,
     )
     _launch_attention((plan.num_programs, 1, 1), key, arguments, q.device, num_warps=plan.launch.num_warps)
+
+
+@lru_cache(maxsize=4096)
+def _classes(strides: tuple[int, ...]) -> tuple[tuple[bool, bool, bool], ...]:
+    """What Triton specialises integers for; the values themselves would make a new key for every number of tokens."""
+    return tuple((s == 1, s % 16 == 0, s >= 2**31) for s in strides)
 
 
 @cache

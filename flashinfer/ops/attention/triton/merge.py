@@ -21,8 +21,10 @@ def finish(outputs, factors, m_i, l_i, acc, row, qo_head, mask_row, cfg: tl.cons
     if factors.sinks is not None:
         sink = tl.load(factors.sinks + qo_head, mask=mask_row, other=0.0) * LOG2_E
         m_new = tl.maximum(m_i, sink)
-        alpha = tl.math.exp2(m_i - m_new)
-        l_i = l_i * alpha + tl.math.exp2(sink - m_new)
+        # -inf where the row saw nothing and the sink is none.
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.math.exp2(m_i - shift)
+        l_i = l_i * alpha + tl.math.exp2(sink - shift)
         acc = acc * alpha[:, None]
         m_i = m_new
     # l = 0 only where a row saw nothing: its output is 0 and its lse -inf; NaN stays NaN.
@@ -30,7 +32,7 @@ def finish(outputs, factors, m_i, l_i, acc, row, qo_head, mask_row, cfg: tl.cons
     if factors.output is not None:
         factor = factor * tl.load(factors.output + qo_head * factors.output_stride, mask=mask_row, other=0.0)
     offs_vo = tl.arange(0, cfg.block_vo)
-    offs_out = row.to(tl.int64) * outputs.stride_row + qo_head * outputs.stride_head
+    offs_out = row.to(tl.int64) * outputs.stride_row + qo_head.to(tl.int64) * outputs.stride_head
     mask = mask_row[:, None] & (offs_vo < cfg.head_dim_vo)[None, :]
     value = (acc * factor[:, None]).to(outputs.data.dtype.element_ty)
     tl.store(outputs.data + offs_out[:, None] + offs_vo[None, :], value, mask=mask)

@@ -29,14 +29,15 @@ class ScheduleTables(NamedTuple):
 
 
 @triton.jit
-def _query_range(requests, i, mask, QO_LEN: tl.constexpr):
-    """First query row and number of queries of requests i."""
+def _query_range(requests, i, mask, total_rows, QO_LEN: tl.constexpr):
+    """First query row and number of queries of requests i, inside the rows that there are."""
     if QO_LEN > 0:
         begin = i * QO_LEN
         length = tl.where(mask, QO_LEN, 0)
     else:
-        begin = tl.load(requests.qo_indptr + i, mask=mask, other=0)
-        length = tl.load(requests.qo_indptr + i + 1, mask=mask, other=0) - begin
+        begin = tl.minimum(tl.load(requests.qo_indptr + i, mask=mask, other=0), total_rows)
+        end = tl.minimum(tl.load(requests.qo_indptr + i + 1, mask=mask, other=0), total_rows)
+        length = tl.maximum(end - begin, 0)
     return begin, length
 
 
@@ -71,13 +72,13 @@ def _last_not_above(table, value, count, mask, BLOCK: tl.constexpr):
 
 @triton.jit
 def _count_query_tiles(
-    requests, tile_base, batch_size, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
+    requests, tile_base, batch_size, total_rows, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK: tl.constexpr
 ):
     total = 0
     for base in range(0, batch_size, BLOCK):
         i = base + tl.arange(0, BLOCK)
         mask = i < batch_size
-        _, qo_len = _query_range(requests, i, mask, 0)
+        _, qo_len = _query_range(requests, i, mask, total_rows, 0)
         tiles = (qo_len * GROUP + BLOCK_M - 1) // BLOCK_M
         tl.store(tile_base + i, total + tl.cumsum(tiles, 0) - tiles, mask=mask)
         total += tl.sum(tiles, 0)
@@ -85,26 +86,26 @@ def _count_query_tiles(
     return total
 
 
-@triton.jit(do_not_specialize=["batch_size", "capacity", "num_programs"])
+@triton.jit(do_not_specialize=["batch_size", "total_rows", "num_programs"])
 def planner_kernel(
     requests,
     tables,
     bounds,
     batch_size,
-    capacity,
+    total_rows,
     num_programs,
     cfg: tl.constexpr,
     QO_LEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program. QO_LEN: queries of every request if uniform, else 0. capacity: records that the tables can hold."""
+    """One program. QO_LEN: queries of every request if uniform, else 0. total_rows: rows of q; none past is read."""
     TILES: tl.constexpr = (QO_LEN * cfg.group + cfg.block_m - 1) // cfg.block_m
     if QO_LEN > 0:
         num_records = batch_size * TILES
     else:
-        num_records = _count_query_tiles(requests, tables.tile_base, batch_size, cfg.group, cfg.block_m, BLOCK)
-        # A qo_indptr that promises more rows than there are must not write past the tables.
-        num_records = tl.minimum(num_records, capacity)
+        counted = _count_query_tiles(requests, tables.tile_base, batch_size, total_rows, cfg.group, cfg.block_m, BLOCK)
+        # What the tables hold: only a prefix sum that falls somewhere counts more.
+        num_records = tl.minimum(counted, (total_rows * cfg.group + cfg.block_m - 1) // cfg.block_m + batch_size)
         tl.debug_barrier()
     total = tl.full([], 0, tl.int64)
     for base in range(0, num_records, BLOCK):
@@ -116,7 +117,7 @@ def planner_kernel(
         else:
             i = _last_not_above(tables.tile_base, record, batch_size, mask, BLOCK)
             q_tile = record - tl.load(tables.tile_base + i, mask=mask, other=0)
-        q_begin, qo_len = _query_range(requests, i, mask, QO_LEN)
+        q_begin, qo_len = _query_range(requests, i, mask, total_rows, QO_LEN)
         kv_begin, kv_len = _kv_range(requests, i, mask, cfg.page_size)
         q_lo = q_tile * cfg.block_m // cfg.group
         q_hi = tl.minimum(((q_tile + 1) * cfg.block_m - 1) // cfg.group + 1, qo_len)

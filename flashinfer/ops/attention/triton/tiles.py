@@ -99,6 +99,9 @@ def attend_tiles(
             entry = pages.indices + kv_begin + offs_n // cfg.page_size
             page = tl.load(entry, mask=inside, other=0).to(tl.int64)
             slot = offs_n % cfg.page_size
+            if cfg.page_size > 256:
+                # Long pages: slot times stride can pass 2^31 too.
+                slot = slot.to(tl.int64)
         else:
             page = (kv_begin + offs_n).to(tl.int64)
             slot = offs_n * 0

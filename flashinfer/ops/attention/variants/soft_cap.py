@@ -9,9 +9,12 @@ from flashinfer.ops.attention.variant import Twin, Variant, variant
 
 
 def _logits(captured, x, at):
-    # tanh(y) = 1 - 2 / (exp(2 y) + 1): saturates to +-1 without a branch and without overflow to NaN.
-    e = tl.exp(x * (2.0 / captured[0]))
-    return captured[0] * (1.0 - 2.0 / (e + 1.0))
+    y = x / captured[0]
+    # tanh(y) = 1 - 2 / (exp(2 y) + 1) saturates to +-1 without overflow to NaN, but cancels near 0: a series there.
+    square = y * y
+    near = y * (1.0 - square * (1.0 / 3.0 - square * (2.0 / 15.0)))
+    far = 1.0 - 2.0 / (tl.exp(2.0 * y) + 1.0)
+    return captured[0] * tl.where(tl.abs(y) < 0.1, near, far)
 
 
 def _twin(captured, x, at):

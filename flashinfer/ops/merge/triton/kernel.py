@@ -23,8 +23,8 @@ class MergeConfig:
 
 
 def merge_config(head_dim: int, many: bool) -> MergeConfig:
-    """Few rows and many states are summed 16 at a time: a tree, whose rounding grows with the depth only."""
-    rows, states = (1, 16) if many else (8, 1)
+    """Few rows and many states are summed 8 at a time: a tree, whose rounding grows with the depth only."""
+    rows, states = (1, 8) if many else (8, 1)
     return MergeConfig(head_dim, max(16, triton.next_power_of_2(head_dim)), rows, states)
 
 
@@ -98,7 +98,7 @@ def _view(state: State) -> StateView:
 
 def merge_pair(a: State, b: State, out: State, mask: torch.Tensor | None) -> None:
     """out = a ⊕ b where mask; with a mask, `out` is `a`."""
-    keep = None if mask is None else mask.view(torch.uint8)
+    keep = None if mask is None else mask.contiguous().view(torch.uint8)
     _launch(_view(a), _view(b), _view(out), keep, 1, a[0].shape)
 
 
