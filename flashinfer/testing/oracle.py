@@ -106,11 +106,18 @@ def _softmax(
     return torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]), lse
 
 
+# n terms of random sign, added one after the other: the k-th partial sum is about sqrt(k) terms large and rounds by
+# eps / 2 / sqrt(3) of that, which makes a standard deviation of 0.20 n eps terms; the magnitudes add up to 0.64 n for
+# products of normal numbers. Five standard deviations are 1.6 times eps times that sum. A GPU adds so, a CPU in blocks.
+SEQUENTIAL_SUM = 1.6
+
+
 def _logit_noise(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, dtype: torch.dtype) -> torch.Tensor:
     """Errors of the logits, float64 `[num_qo_heads, qo_len, kv_len]`.
 
-    A float32 eps times the sum of the magnitudes of all terms: |q||k| (with rotation also times the angles), the cap,
-    the ALiBi bias, and 1 for the exponential. With rotation also the rounding of both factors of each product to
+    A float32 eps times the sum of the magnitudes of all terms: |q||k| (with rotation also times the angles) as often as
+    `SEQUENTIAL_SUM` says, the cap, the ALiBi bias, and 1 for the exponential.
+    With rotation also the rounding of both factors of each product to
     `dtype`: independent, so an eps of `dtype` times the root of the sum of squares (5 standard deviations).
     """
     q_pos, kv_pos = _positions(q, k)
@@ -126,7 +133,7 @@ def _logit_noise(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, dt
     else:
         size = _products(q_size, k_size)
     factor = abs(options.scale(q.shape[-1]))
-    size = size * factor + options.soft_cap + 1.0
+    size = size * factor * SEQUENTIAL_SUM + options.soft_cap + 1.0
     if options.pos_encoding_mode == "ALIBI":
         size = size + _alibi_bias(q_pos, kv_pos, q.shape[1]).abs()
     return size * torch.finfo(torch.float32).eps + rounded * factor

@@ -16,10 +16,11 @@ def cases() -> Iterator[GateCase]:
             signature = {"first": first, "rest": view, "out": view, "keep": keep}
             absent = {argument: None for argument, kind in signature.items() if kind == "constexpr"}
             numbers = dict.fromkeys(("num_rows", "num_states", "num_heads"), "i32")
+            cfg = merge_config(128, many=name == "many")
             yield GateCase(
                 name=f"merge_{name}.{dtype}",
                 kernel=merge_kernel,
                 signature={**signature, **numbers, "cfg": "constexpr"},
-                constexprs={"cfg": merge_config(128, many=name == "many"), **absent},
-                options={"num_warps": 4},
+                constexprs={"cfg": cfg, **absent},
+                options={"num_warps": cfg.num_warps},
             )

@@ -14,18 +14,19 @@ State = tuple[torch.Tensor, torch.Tensor]
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """A program takes `rows` rows and `states` states at a time; block: head_dim rounded up to a power of two."""
+    """A program of `num_warps` takes `rows` rows and `states` states at a time; block: head_dim rounded up to 2^n."""
 
     head_dim: int
     block: int
     rows: int
     states: int
+    num_warps: int
 
 
 def merge_config(head_dim: int, many: bool) -> MergeConfig:
-    """Few rows and many states are summed 8 at a time: a tree, whose rounding grows with the depth only."""
-    rows, states = (1, 8) if many else (8, 1)
-    return MergeConfig(head_dim, max(16, triton.next_power_of_2(head_dim)), rows, states)
+    """Many states are summed 32 at a time: in a tree, whose rounding grows with its depth only."""
+    rows, states, num_warps = (1, 32, 8) if many else (4, 1, 4)
+    return MergeConfig(head_dim, max(16, triton.next_power_of_2(head_dim)), rows, states, num_warps)
 
 
 class StateView(NamedTuple):
@@ -83,7 +84,7 @@ def merge_kernel(first, rest, out, keep, num_rows, num_states, num_heads, cfg: t
         index = begin + offs_state
         state = _fold(state, rest, offs_n, offs_head, offs_dim, index, mask_row, index < num_states, cfg.head_dim)
     m_i, l_i, acc = state
-    value = acc * tl.where(l_i == 0, 0.0, 1.0 / l_i)[:, None]
+    value = tl.div_rn(acc, tl.broadcast_to(tl.where(l_i == 0, 1.0, l_i)[:, None], acc.shape))
     pointers = out.v + (offs_n * out.v_row + offs_head * out.v_head)[:, None] + offs_dim[None, :]
     mask = mask_row[:, None] & (offs_dim < cfg.head_dim)[None, :]
     tl.store(pointers, value.to(out.v.dtype.element_ty), mask=mask)
@@ -123,5 +124,5 @@ def _launch(
     cfg = merge_config(head_dim, many=first is None)
     with torch.cuda.device_of(out.v):
         merge_kernel[(triton.cdiv(num_rows, cfg.rows),)](
-            first, rest, out, keep, num_rows, num_states, num_heads, cfg=cfg, num_warps=4
+            first, rest, out, keep, num_rows, num_states, num_heads, cfg=cfg, num_warps=cfg.num_warps
         )
