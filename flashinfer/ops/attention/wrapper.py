@@ -49,7 +49,7 @@ class BatchWrapper:
                 check.problem(
                     "jit_args",
                     type(extra).__name__,
-                    "a flashinfer.attention_variant (Python functions)",
+                    "a Variant (flashinfer.ops.attention.variants.variant)",
                     "CUDA source cannot be compiled here: write the variant's hooks in Python.",
                 )
             )

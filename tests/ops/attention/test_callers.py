@@ -10,7 +10,8 @@ import torch
 
 import flashinfer
 from flashinfer.core.select import BackendSupportedError
-from flashinfer.ops.attention.variants import sliding_window
+from flashinfer.device.language import tl
+from flashinfer.ops.attention.variants import Twin, sliding_window, variant
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HQ, HK, D, PAGE = 4, 2, 32, 4
@@ -168,6 +169,31 @@ def test_users_variant_composes(backend: str) -> None:
     theirs = prefill(backend)
     plan_prefill(theirs, batch.qo_indptr, batch.arrays(), causal=True, window_left=4)
     assert torch.equal(ours.run(batch.q, batch.kv), theirs.run(batch.q, batch.kv))
+
+
+def head_bias_hook(captured, x, at):  # a user's hook: Triton compiles it into the kernel
+    return x + tl.load(captured[0] + at.qo_head) * tl.where(at.kv_idx % 2 == 0, 1.0, 0.0)
+
+
+def head_bias_twin(captured, x, at):  # and what it means, in torch
+    return x + captured[0][at.qo_head] * (at.kv_idx % 2 == 0)
+
+
+def test_users_own_variant(backend: str) -> None:
+    """A logits hook with a captured tensor, against the same attention written out."""
+    batch = Batch((3, 2, 5))
+    bias = torch.randn(HQ, device=DEVICE)
+    mine = variant("head_bias", captured=(bias,), logits=head_bias_hook, twin=Twin(logits=head_bias_twin))
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(), backend=backend, jit_args=mine)
+    plan_prefill(wrapper, batch.qo_indptr, batch.arrays())
+    out = wrapper.run(batch.q, batch.kv)
+    pages = batch.indices[int(batch.indptr[2]) :].long()
+    k, v = (batch.kv[pages.to(DEVICE), i].flatten(0, 1)[:17].double() for i in range(2))
+    q = batch.q[5:].double()
+    logits = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(HQ // HK, 1)) / math.sqrt(D)
+    logits[..., ::2] += bias.double()[:, None, None]
+    expected = torch.einsum("hqk,khd->qhd", logits.softmax(-1), v.repeat_interleave(HQ // HK, 1))
+    torch.testing.assert_close(out[5:].double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def graph_wrapper(backend: str, mask_bytes: int = 0) -> Any:
