@@ -45,7 +45,7 @@ def block_m_for(spec: AttentionSpec, arch: Arch, traits: Traits, rows_per_reques
     # Registers: wide heads, and K tiles that are rotated in float32, leave less for the accumulator; a float32 tile is
     # twice as large and is multiplied without tensor cores.
     tallest = 64 if widest > 128 or traits.key else 128
-    if spec.q_dtype.itemsize == 4 or widest > 256 or (traits.key and not arch.has_wgmma):
+    if spec.q_dtype.itemsize == 4 or widest > 256 or (not arch.has_wgmma and (traits.key or widest > 128)):
         tallest = 32
     return next(m for m in BLOCK_MS if m >= packed or m >= tallest)
 

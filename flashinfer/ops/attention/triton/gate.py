@@ -30,8 +30,6 @@ TYPES = {
 }
 # AMD GPUs have 64 KiB of shared memory a workgroup (CDNA 3 ISA guide); the other numbers do not enter a compilation.
 AMD = {name: Arch(name, 304, 65_536) for name in AMD_ARCHS}
-# Bytes spilled where no such GPU was at hand to choose a tile by timing.
-SPILLS = {("attention.prefill_d256", "sm100"): 152, ("attention.prefill_d192_128", "sm80"): 12}
 ARCHS = {name: Arch(name, 132, SMEM_BYTES[name]) for name in NVIDIA_ARCHS} | AMD
 
 
@@ -154,5 +152,4 @@ def _case(name: str, kernel: Any, arguments: dict[str, Any], options: dict[str, 
         return "constexpr"
 
     signature = {key: kind(value, (i,)) for i, (key, value) in enumerate(arguments.items())}
-    spills = SPILLS.get((name, arch), 0)
-    return GateCase(f"{name}.{arch}", kernel, signature, constexprs, attrs, options, (arch,), spills)
+    return GateCase(f"{name}.{arch}", kernel, signature, constexprs, attrs, options, (arch,))
