@@ -85,7 +85,8 @@ def _inner(block_m: int, dims: int, spec: AttentionSpec, arch: Arch, traits: Tra
     """(block_n, num_warps, programs per SM, stages); dims: columns of a K and a V row together, padded."""
     row_bytes = dims * spec.kv_dtype.itemsize
     heavy = spec.q_dtype.itemsize == 4 or traits.key
-    num_warps = 8 if heavy or block_m >= 128 or dims > 512 or (block_m >= 64 and dims > 256) else 4
+    wide = dims > 512 or (dims > 256 and block_m >= (64 if arch.has_wgmma else 32))
+    num_warps = 8 if heavy or wide or block_m >= 128 else 4
     # Memory-bound tiles: two programs an SM; compute-bound ones: one program with all registers.
     per_sm = 1 if num_warps == 8 else 2
     block_n = 32 if heavy else 64
