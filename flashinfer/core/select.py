@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 from flashinfer.core.arch import Arch
+from flashinfer.core.config import config
 
 
 class BackendSupportedError(Exception):
@@ -28,6 +31,16 @@ class Impl:
 
     def load(self) -> ModuleType:
         return import_module(self.module)
+
+
+@cache
+def triton_missing(arch: Arch) -> str | None:
+    """Why no Triton kernel runs on `arch` in this process, or None; looked up once, since every plan asks."""
+    if find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    if arch.is_cpu and not config().triton_interpret:
+        return "CPU tensors run on Triton only through its interpreter (set TRITON_INTERPRET=1 before the first import)"
+    return None
 
 
 # What the original library's backend names mean here. On the CPU everything is torch unless Triton is asked for by its

@@ -7,16 +7,13 @@ from types import ModuleType
 import torch
 
 from flashinfer.core.arch import Arch, arch_of
-from flashinfer.core.config import config
-from flashinfer.core.select import Impl, select
+from flashinfer.core.select import Impl, select, triton_missing
 
 State = tuple[torch.Tensor, torch.Tensor]
 
 
 def _triton_supports(spec: None, arch: Arch) -> str | None:
-    if arch.is_cpu and not config().triton_interpret:
-        return "CPU tensors run on Triton only through its interpreter"
-    return None
+    return triton_missing(arch)
 
 
 def _torch_supports(spec: None, arch: Arch) -> str | None:
