@@ -9,12 +9,13 @@ import torch
 
 from flashinfer.core.arch import SMEM_BYTES, Arch
 from flashinfer.ops.attention import variants
+from flashinfer.ops.attention.device.factors import Factors
+from flashinfer.ops.attention.device.hooks import hooks_of, traits_of
+from flashinfer.ops.attention.device.planner import Requests, ScheduleTables, planner_kernel
 from flashinfer.ops.attention.spec import AttentionSpec
 from flashinfer.ops.attention.triton.configs import block_m_for, choose
-from flashinfer.ops.attention.triton.hooks import hooks_of, traits_of
 from flashinfer.ops.attention.triton.kernel import Outputs, Partials, Queries, attention_kernel
-from flashinfer.ops.attention.triton.planner import Requests, ScheduleTables, planner_kernel
-from flashinfer.ops.attention.triton.tiles import Factors, Pages
+from flashinfer.ops.attention.triton.tiles import Pages
 from flashinfer.ops.attention.variant import Variant
 from flashinfer.testing.gate import AMD_ARCHS, NVIDIA_ARCHS, GateCase
 

@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashinfer.ops.attention.triton.hooks import fold_bounds
+from flashinfer.ops.attention.device.hooks import fold_bounds
 from flashinfer.ops.attention.triton.merge import finish, merge_tile, owner
 from flashinfer.ops.attention.triton.tiles import attend_tiles, exponent_scale, load_tile, rotate_tile
 

@@ -8,10 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from flashinfer.ops.attention.triton.hooks import fold_logits, fold_mask, fold_rotation
+from flashinfer.ops.attention.device.factors import LOG2_E
+from flashinfer.ops.attention.device.hooks import fold_logits, fold_mask, fold_rotation
 from flashinfer.ops.attention.variant import At
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Pages(NamedTuple):
@@ -29,22 +28,6 @@ class Pages(NamedTuple):
     v_page: int
     v_token: int
     v_head: int
-
-
-class Factors(NamedTuple):
-    """`Scales` of a run: logits = q . k * sm_scale * logits[head]; outputs are multiplied by output_scale *
-    output[head].
-
-    sinks: extra logits of the denominator. The tensors are fp32 `[num_qo_heads]` (stride 0 or 1) or None.
-    """
-
-    sm_scale: float
-    output_scale: float
-    logits: torch.Tensor | None
-    logits_stride: int
-    output: torch.Tensor | None
-    output_stride: int
-    sinks: torch.Tensor | None
 
 
 @triton.jit

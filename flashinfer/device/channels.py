@@ -1,0 +1,174 @@
+"""Channels between the warps of a Hopper kernel: who may touch which shared memory, and when.
+
+One producer warp fills tiles by TMA; consumer warpgroups read them. "Full" is an mbarrier on which the bytes arrive.
+"Empty" is a named hardware barrier: mbarrier.arrive costs a barrier of the whole warpgroup in Gluon's lowering, a named
+one does not. The n-th tile of a channel lies in stage n % stages; both sides count n alike. `tests/unit` holds a model
+of the protocol.
+"""
+
+from flashinfer.device.gluon import aggregate, constructor, gl, jit, mbarrier
+
+PRODUCER_THREADS = gl.constexpr(32)
+CONSUMER_THREADS = gl.constexpr(128)
+
+
+@jit
+def named_sync(barrier, threads):
+    """Wait on hardware barrier `barrier` until `threads` threads have come to it, those that only arrive included."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, $2; mov.u32 $0, $1;",
+        "=r,r,r,~{memory}",
+        [gl.to_tensor(barrier), gl.to_tensor(threads)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@jit
+def named_arrive(barrier, threads):
+    """Count the calling threads at hardware barrier `barrier` and go on."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, $2; mov.u32 $0, $1;",
+        "=r,r,r,~{memory}",
+        [gl.to_tensor(barrier), gl.to_tensor(threads)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@aggregate
+class Ring:
+    """Tiles that go from the producer to every consumer.
+
+    tiles `[stages, rows, columns]`: as the consumers read them. boxes: the same memory as TMA fills it, BOXES a tile.
+    full: one mbarrier a stage. EMPTY: hardware barrier of stage 0, the next ones are those of the next stages.
+    """
+
+    tiles: gl.shared_memory_descriptor
+    boxes: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+    BOXES: gl.constexpr
+    BYTES: gl.constexpr
+    EMPTY: gl.constexpr
+    THREADS: gl.constexpr
+
+    @constructor
+    def __init__(self, tiles, boxes, full, STAGES, BOXES, BYTES, EMPTY, CONSUMERS):
+        self.tiles = tiles
+        self.boxes = boxes
+        self.full = full
+        self.STAGES = gl.constexpr(STAGES)
+        self.BOXES = gl.constexpr(BOXES)
+        self.BYTES = gl.constexpr(BYTES)
+        self.EMPTY = gl.constexpr(EMPTY)
+        self.THREADS = gl.constexpr(CONSUMERS * CONSUMER_THREADS.value + PRODUCER_THREADS.value)
+
+    @jit
+    def acquire(self, n):
+        """Producer: wait until the stage of tile n is free, and announce the tile's bytes."""
+        if n >= self.STAGES:
+            named_sync(self.EMPTY + n % self.STAGES, self.THREADS)
+        mbarrier.expect(self.full.index(n % self.STAGES), self.BYTES)
+
+    @jit
+    def box(self, n, i):
+        """Producer: where box i of tile n goes."""
+        return self.boxes.index(n % self.STAGES * self.BOXES + i)
+
+    @jit
+    def landing(self, n):
+        """Producer: the mbarrier on which the boxes of tile n arrive."""
+        return self.full.index(n % self.STAGES)
+
+    @jit
+    def drain(self, n):
+        """Producer: after n tiles, meet the consumers' last releases; a barrier must not be left half counted."""
+        for i in range(gl.maximum(n - self.STAGES, 0), n):
+            named_sync(self.EMPTY + i % self.STAGES, self.THREADS)
+
+    @jit
+    def wait(self, n, pred=True):
+        """Consumer: wait until tile n has arrived, if `pred`."""
+        mbarrier.wait(self.full.index(n % self.STAGES), (n // self.STAGES) & 1, pred=pred)
+
+    @jit
+    def tile(self, n):
+        """Consumer: tile n, after `wait`."""
+        return self.tiles.index(n % self.STAGES)
+
+    @jit
+    def release(self, n):
+        """Consumer: tile n has been read; every warpgroup releases every tile."""
+        named_arrive(self.EMPTY + n % self.STAGES, self.THREADS)
+
+
+@aggregate
+class Slot:
+    """One buffer that goes round between the producer and all consumers, once a work item: a ring of one stage."""
+
+    parts: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    BYTES: gl.constexpr
+
+    @constructor
+    def __init__(self, parts, full, empty, BYTES):
+        self.parts = parts
+        self.full = full
+        self.empty = empty
+        self.BYTES = gl.constexpr(BYTES)
+
+    @jit
+    def acquire(self, n):
+        """Producer: wait until the consumers have done with item n - 1, and announce the bytes of item n."""
+        mbarrier.wait(self.empty, (n & 1) ^ 1)
+        mbarrier.expect(self.full, self.BYTES)
+
+    @jit
+    def wait(self, n):
+        """Consumer: wait until item n has arrived."""
+        mbarrier.wait(self.full, n & 1)
+
+    @jit
+    def release(self):
+        """Consumer: done with the item; each warpgroup once."""
+        mbarrier.arrive(self.empty, count=1)
+
+
+@aggregate
+class Turns:
+    """Two warpgroups take turns at the tensor cores, so that one computes exponentials while the other multiplies.
+
+    FlashAttention-3's ping-pong (Shah et al., arXiv 2407.08608, section 3.1). FIRST: hardware barrier of warpgroup 0.
+    """
+
+    FIRST: gl.constexpr
+    ME: gl.constexpr
+
+    @constructor
+    def __init__(self, FIRST, ME):
+        self.FIRST = gl.constexpr(FIRST)
+        self.ME = gl.constexpr(ME)
+
+    @jit
+    def begin(self):
+        """Warpgroup 0 has the first turn."""
+        if self.ME == 1:
+            named_arrive(self.FIRST, 2 * CONSUMER_THREADS)
+
+    @jit
+    def take(self):
+        named_sync(self.FIRST + self.ME, 2 * CONSUMER_THREADS)
+
+    @jit
+    def give(self):
+        named_arrive(self.FIRST + 1 - self.ME, 2 * CONSUMER_THREADS)
+
+    @jit
+    def end(self):
+        """Take the turn that nobody wants any more."""
+        if self.ME == 0:
+            named_sync(self.FIRST, 2 * CONSUMER_THREADS)
