@@ -42,25 +42,27 @@ def named_arrive(barrier, threads):
 class Ring:
     """Tiles that go from the producer to every consumer.
 
-    tiles `[stages, rows, columns]`: as the consumers read them. boxes: the same memory as TMA fills it, BOXES a tile.
-    full: one mbarrier a stage. EMPTY: hardware barrier of stage 0, the next ones are those of the next stages.
+    parts `[stages * PARTS, rows, columns]`: as the consumers read them. boxes: the same memory as TMA fills it, BOXES a
+    tile. full: one mbarrier a stage. EMPTY: hardware barrier of stage 0, the next ones are those of the next stages.
     """
 
-    tiles: gl.shared_memory_descriptor
+    parts: gl.shared_memory_descriptor
     boxes: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     STAGES: gl.constexpr
+    PARTS: gl.constexpr
     BOXES: gl.constexpr
     BYTES: gl.constexpr
     EMPTY: gl.constexpr
     THREADS: gl.constexpr
 
     @constructor
-    def __init__(self, tiles, boxes, full, STAGES, BOXES, BYTES, EMPTY, CONSUMERS):
-        self.tiles = tiles
+    def __init__(self, parts, boxes, full, STAGES, PARTS, BOXES, BYTES, EMPTY, CONSUMERS):
+        self.parts = parts
         self.boxes = boxes
         self.full = full
         self.STAGES = gl.constexpr(STAGES)
+        self.PARTS = gl.constexpr(PARTS)
         self.BOXES = gl.constexpr(BOXES)
         self.BYTES = gl.constexpr(BYTES)
         self.EMPTY = gl.constexpr(EMPTY)
@@ -75,7 +77,7 @@ class Ring:
 
     @jit
     def box(self, n, i):
-        """Producer: where box i of tile n goes."""
+        """Where box i of tile n lies."""
         return self.boxes.index(n % self.STAGES * self.BOXES + i)
 
     @jit
@@ -95,9 +97,9 @@ class Ring:
         mbarrier.wait(self.full.index(n % self.STAGES), (n // self.STAGES) & 1, pred=pred)
 
     @jit
-    def tile(self, n):
-        """Consumer: tile n, after `wait`."""
-        return self.tiles.index(n % self.STAGES)
+    def part(self, n, i):
+        """Consumer: part i of tile n, after `wait`."""
+        return self.parts.index(n % self.STAGES * self.PARTS + i)
 
     @jit
     def release(self, n):
@@ -106,57 +108,27 @@ class Ring:
 
 
 @aggregate
-class Slot:
-    """One buffer that goes round between the producer and all consumers, once a work item: a ring of one stage."""
-
-    parts: gl.shared_memory_descriptor
-    full: gl.shared_memory_descriptor
-    empty: gl.shared_memory_descriptor
-    BYTES: gl.constexpr
-
-    @constructor
-    def __init__(self, parts, full, empty, BYTES):
-        self.parts = parts
-        self.full = full
-        self.empty = empty
-        self.BYTES = gl.constexpr(BYTES)
-
-    @jit
-    def acquire(self, n):
-        """Producer: wait until the consumers have done with item n - 1, and announce the bytes of item n."""
-        mbarrier.wait(self.empty, (n & 1) ^ 1)
-        mbarrier.expect(self.full, self.BYTES)
-
-    @jit
-    def wait(self, n):
-        """Consumer: wait until item n has arrived."""
-        mbarrier.wait(self.full, n & 1)
-
-    @jit
-    def release(self):
-        """Consumer: done with the item; each warpgroup once."""
-        mbarrier.arrive(self.empty, count=1)
-
-
-@aggregate
 class Turns:
-    """Two warpgroups take turns at the tensor cores, so that one computes exponentials while the other multiplies.
+    """Warpgroups take turns at the tensor cores, so that one computes exponentials while another multiplies.
 
-    FlashAttention-3's ping-pong (Shah et al., arXiv 2407.08608, section 3.1). FIRST: hardware barrier of warpgroup 0.
+    FlashAttention-3's ping-pong (Shah et al., arXiv 2407.08608, section 3.1), for COUNT warpgroups of which this is
+    number ME. FIRST: hardware barrier of warpgroup 0, the next ones are those of the next warpgroups.
     """
 
     FIRST: gl.constexpr
     ME: gl.constexpr
+    COUNT: gl.constexpr
 
     @constructor
-    def __init__(self, FIRST, ME):
+    def __init__(self, FIRST, ME, COUNT):
         self.FIRST = gl.constexpr(FIRST)
         self.ME = gl.constexpr(ME)
+        self.COUNT = gl.constexpr(COUNT)
 
     @jit
     def begin(self):
         """Warpgroup 0 has the first turn."""
-        if self.ME == 1:
+        if self.ME == self.COUNT - 1:
             named_arrive(self.FIRST, 2 * CONSUMER_THREADS)
 
     @jit
@@ -165,7 +137,7 @@ class Turns:
 
     @jit
     def give(self):
-        named_arrive(self.FIRST + 1 - self.ME, 2 * CONSUMER_THREADS)
+        named_arrive(self.FIRST + (self.ME + 1) % self.COUNT, 2 * CONSUMER_THREADS)
 
     @jit
     def end(self):

@@ -11,7 +11,7 @@ import torch
 
 from flashinfer.core import check
 from flashinfer.core.arch import arch_of
-from flashinfer.core.select import BackendSupportedError, Impl, select, wanted_name
+from flashinfer.core.select import BackendSupportedError, Impl, select, triton_missing, wanted_name
 from flashinfer.core.workspace import Arena
 from flashinfer.ops.attention import IMPLS
 from flashinfer.ops.attention.options import Options
@@ -137,17 +137,30 @@ class Session:
         if self._plan is None:
             self._schedule(q.shape[0])
         rows, heads = q.shape[0], self.spec.num_qo_heads
-        # Rows that belong to no request are 0 and -inf.
-        covered = self._batch.covers_rows and not self.fixed_addresses
+        given = out is not None, lse is not None
         if out is None:
-            make = torch.empty if covered else torch.zeros
-            out = make((rows, heads, self.spec.head_dim_vo), dtype=self.spec.o_dtype, device=self.device)
+            out = torch.empty((rows, heads, self.spec.head_dim_vo), dtype=self.spec.o_dtype, device=self.device)
         if return_lse and lse is None:
             lse = torch.empty((rows, heads), dtype=torch.float32, device=self.device)
-            if not covered:
-                lse.fill_(-math.inf)
+        if not (self._batch.covers_rows and not self.fixed_addresses):
+            self._fill_uncovered(None if given[0] else out, None if given[1] else lse)
         self._impl.run(self.spec, self._plan, Tensors(q, k, v, out, lse), self.variant, scales)
         return (out, lse) if return_lse and lse is not None else out
+
+    def _fill_uncovered(self, out: torch.Tensor | None, lse: torch.Tensor | None) -> None:
+        """Rows of our own tensors that belong to no request are 0 and -inf; the caller's are left alone."""
+        assert self._batch is not None
+        indptr = self._batch.qo_indptr
+        if out is not None and out.is_cuda and indptr is not None and triton_missing(arch_of(self.device)) is None:
+            from flashinfer.ops.attention.device.fill import fill_uncovered  # imports Triton
+
+            fill_uncovered(out, lse, indptr)
+            return
+        covered = 0 if indptr is not None else self._batch.batch_size * (self.spec.uniform_qo_len or 0)
+        if out is not None:
+            out[covered:].zero_()
+        if lse is not None:
+            lse[covered:].fill_(-math.inf)
 
     def _settle(self, tensors: Tensors) -> None:
         """Choose for these tensors: by their number of rows where no plan knew it, and by their layout."""

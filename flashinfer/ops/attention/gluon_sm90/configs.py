@@ -26,20 +26,24 @@ PERSISTENT_QUERIES = 2048
 def choose(spec: AttentionSpec, traits: Traits, persistent: bool) -> GluonConfig:
     """The kernel for `spec`."""
     group, heads = spec.group_size, spec.num_qo_heads
-    # Registers: a wide head's accumulator, or the bits of a mask for which there are no bounds, leave half.
-    block_n = 64 if spec.head_dim_qk > 128 or not traits.masks_have_bounds else 128
+    wide = spec.head_dim_qk > 128
     return GluonConfig(
         head_dim=spec.head_dim_qk,
+        groups=2,
         rows=ROWS,
-        block_n=block_n,
+        # Registers: a wide head's accumulator, or the bits of a mask for which there are no bounds, leave half.
+        block_n=64 if wide or not traits.masks_have_bounds else 128,
         stages=2,
+        q_stages=1 if wide or not persistent else 2,
         box=math.gcd(spec.page_size, BOX) if spec.paged else BOX,
         page_size=spec.page_size if spec.paged else 0,
         head_block=HEAD_BLOCK if heads % HEAD_BLOCK == 0 and HEAD_BLOCK % group == 0 else heads,
         persistent=persistent,
-        share_out=spec.head_dim_qk > 128,
+        share_out=wide,
         natural_logits=traits.logits,
         masks_have_bounds=traits.masks_have_bounds,
+        registers=240,
+        turns=True,
     )
 
 
@@ -50,7 +54,7 @@ def planner_config(spec: AttentionSpec, config: GluonConfig) -> PlannerConfig:
         num_kv_heads=spec.num_qo_heads,
         group=1,
         page_size=spec.page_size,
-        block_m=2 * config.rows,
+        block_m=config.groups * config.rows,
         block_n=config.block_n,
         item_cost=0,
         masks_have_bounds=config.masks_have_bounds,

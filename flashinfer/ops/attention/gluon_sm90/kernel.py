@@ -1,8 +1,8 @@
-"""Prefill on Hopper: one producer warp, two consumer warpgroups of 64 queries, asynchronous products.
+"""Prefill on Hopper: one producer warp, consumer warpgroups of 64 queries each, asynchronous products.
 
-While the tensor cores multiply S_j = Q K_j^T and O += P_{j-1} V_{j-1}, the other warpgroup computes exponentials
-(FlashAttention-3: Shah et al., arXiv 2407.08608). Tiles go from the last to the first, so that those at the diagonal and
-at the end of the keys, which need masks, come first.
+While the tensor cores multiply S_j = Q K_j^T and O += P_{j-1} V_{j-1}, another warpgroup computes exponentials
+(FlashAttention-3: Shah et al., arXiv 2407.08608). Tiles go from the last to the first, so that those at the diagonal
+and at the end of the keys, which need masks, come first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from flashinfer.device.channels import Ring, Slot, Turns
+from flashinfer.device.channels import Ring, Turns
 from flashinfer.device.gluon import (
     fence_async_shared,
     gl,
@@ -27,7 +27,7 @@ from flashinfer.device.gluon import (
     warpgroup_mma_wait,
 )
 from flashinfer.ops.attention.device.factors import LOG2_E
-from flashinfer.ops.attention.device.hooks import fold_bounds
+from flashinfer.ops.attention.device.hooks import exponent_factor, fold_bounds
 from flashinfer.ops.attention.gluon_sm90.softmax import online, row_sums, transformed
 
 # A TMA box is at most 128 bytes wide under the widest swizzle.
@@ -43,15 +43,19 @@ FIELDS = gl.constexpr(8)
 class GluonConfig:
     """Everything the kernel is compiled for, besides dtypes and the variant's functions.
 
-    rows: queries of a warpgroup. box: tokens of a TMA box; page_size: 0 if ragged. head_block: query heads worked on side
-    by side (they share K and V in the L2 cache). share_out: the output leaves through the memory of the queries.
-    natural_logits, masks_have_bounds: as in the Triton kernel.
+    rows: queries of a warpgroup, of which there are `groups`. stages: K tiles, and V tiles, in flight; q_stages: work
+    items whose queries are. box: tokens of a TMA box; page_size: 0 if ragged. head_block: query heads worked on side by
+    side (they share K and V in the L2 cache). share_out: the output leaves through the memory of the queries.
+    natural_logits, masks_have_bounds: as in the Triton kernel. registers: of a consumer thread. turns: whether
+    warpgroups take turns at the tensor cores.
     """
 
     head_dim: int
+    groups: int
     rows: int
     block_n: int
     stages: int
+    q_stages: int
     box: int
     page_size: int
     head_block: int
@@ -59,6 +63,8 @@ class GluonConfig:
     share_out: bool
     natural_logits: bool
     masks_have_bounds: bool
+    registers: int
+    turns: bool
 
 
 class Tiles(NamedTuple):
@@ -86,9 +92,9 @@ class Output(NamedTuple):
 
 
 @jit
-def _rounds(work, heads, cfg: gl.constexpr):
+def _rounds(num_tiles, heads, cfg: gl.constexpr):
     """How many work items this program has."""
-    total = gl.load(work.num_tiles) * heads.num_heads
+    total = num_tiles * heads.num_heads
     if cfg.persistent:
         return (total - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
     else:
@@ -96,10 +102,10 @@ def _rounds(work, heads, cfg: gl.constexpr):
 
 
 @jit
-def _item(work, heads, n, cfg: gl.constexpr):
+def _item(work, num_tiles, n, cfg: gl.constexpr):
     """Record and query head of this program's n-th work item: blocks of heads, then records, then heads."""
     place = gl.program_id(0) + n * gl.num_programs(0)
-    a_block = gl.load(work.num_tiles) * cfg.head_block
+    a_block = num_tiles * cfg.head_block
     block = place // a_block
     left = place - block * a_block
     slot = left // cfg.head_block
@@ -144,11 +150,12 @@ def _producer(descs, channels, work, heads, indices, cfg: gl.constexpr):
     q_desc, k_desc, v_desc, _ = descs
     queries, keys, values = channels
     HALVES: gl.constexpr = cfg.head_dim // BOX_COLUMNS
-    PARTS: gl.constexpr = 2 * HALVES
+    PARTS: gl.constexpr = cfg.groups * HALVES
+    num_tiles = gl.load(work.num_tiles)
     done = 0
-    for n in range(0, _rounds(work, heads, cfg)):
-        record, qo_head = _item(work, heads, n, cfg)
-        q_row = gl.load(record + 6) + gl.load(record + 1) * (2 * cfg.rows)
+    for n in range(0, _rounds(num_tiles, heads, cfg)):
+        record, qo_head = _item(work, num_tiles, n, cfg)
+        q_row = gl.load(record + 6) + gl.load(record + 1) * (cfg.groups * cfg.rows)
         kv_tiles = gl.load(record + 3)
         last = gl.load(record + 2) + kv_tiles - 1
         kv_len = gl.load(record + 4)
@@ -157,7 +164,7 @@ def _producer(descs, channels, work, heads, indices, cfg: gl.constexpr):
         queries.acquire(n)
         for i in gl.static_range(PARTS):
             where = [q_row + i // HALVES * cfg.rows, qo_head, i % HALVES * BOX_COLUMNS]
-            tma_load(q_desc, where, queries.full, queries.parts.index(i))
+            tma_load(q_desc, where, queries.landing(n), queries.box(n, i))
         for j in range(0, kv_tiles + 1):
             if j < kv_tiles:
                 _fill(k_desc, keys, done + j, (kv_begin, (last - j) * cfg.block_n, kv_len, kv_head), indices, cfg)
@@ -165,6 +172,7 @@ def _producer(descs, channels, work, heads, indices, cfg: gl.constexpr):
                 place = (kv_begin, (last - j + 1) * cfg.block_n, kv_len, kv_head)
                 _fill(v_desc, values, done + j - 1, place, indices, cfg)
         done += kv_tiles
+    queries.drain(_rounds(num_tiles, heads, cfg))
     keys.drain(done)
     values.drain(done)
 
@@ -194,17 +202,19 @@ def _step(q, state, channels, n, end, item, begin, hooks, scale, turns, MASK: gl
     p, acc, m_i, l_i = state
     _, keys, values = channels
     zero = gl.full([cfg.rows, cfg.block_n], 0.0, gl.float32, SL)
-    turns.take()
-    s = warpgroup_mma(q, keys.tile(n).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if cfg.turns:
+        turns.take()
+    s = warpgroup_mma(q, keys.part(n, 0).permute((1, 0)), zero, use_acc=False, is_async=True)
     # P stays fp32 until here: converted earlier, its packing would delay the product above.
     weights = gl.convert_layout(p.to(q.dtype), PL)
     values.wait(n - 1)
-    acc = warpgroup_mma(weights, values.tile(n - 1), acc, is_async=True)
-    turns.give()
+    acc = warpgroup_mma(weights, values.part(n - 1, 0), acc, is_async=True)
+    if cfg.turns:
+        turns.give()
     s = warpgroup_mma_wait(1, deps=[s])
     keys.release(n)
     s = transformed(s, item, begin, hooks, scale, MASK, cfg, SL)
-    p, m_i, alpha = online(s, m_i, scale, cfg)
+    p, m_i, alpha = online(s, m_i, hooks, scale, cfg)
     sums = row_sums(p, cfg.rows, cfg.block_n)
     # The wait for the next K tile stands here: a spin loop ends a basic block, which keeps ptxas from hoisting the wait
     # for P V above the exponentials.
@@ -217,15 +227,12 @@ def _step(q, state, channels, n, end, item, begin, hooks, scale, turns, MASK: gl
 
 
 @jit
-def _write(state, item, output, o_desc, out_parts, out_tile, q_row, factors, scale, CID: gl.constexpr,
+def _write(state, item, output, o_desc, outputs, outlet, q_row, hooks, factors, scale, CID: gl.constexpr,
            cfg: gl.constexpr, OL: gl.constexpr):  # fmt: skip
     """out = acc / l * output scale, lse = m + log2(l) of one warpgroup's rows; m in units of its logits."""
     acc, m_i, l_i = state
     _, q_lo, qo_head, qo_len, _ = item
-    factor = scale * LOG2_E
-    if cfg.natural_logits:
-        factor = LOG2_E + 0.0
-    m_i = m_i * factor
+    m_i = m_i * exponent_factor(hooks.logits, scale, cfg.natural_logits)
     if factors.sinks is not None:
         sink = gl.load(factors.sinks + qo_head) * LOG2_E
         m_new = gl.maximum(m_i, sink)
@@ -246,12 +253,11 @@ def _write(state, item, output, o_desc, out_parts, out_tile, q_row, factors, sca
         lse = gl.where(l_i == 0, float("-inf"), m_i + gl.log2(l_i))
         gl.store(output.lse + row * output.lse_stride + qo_head, lse, mask=mask_row)
     if q_lo + cfg.rows <= qo_len:
-        out_tile.store(value)
+        outputs.part(outlet, CID).store(value)
         fence_async_shared()
         HALVES: gl.constexpr = cfg.head_dim // BOX_COLUMNS
         for h in gl.static_range(HALVES):
-            part = out_parts.index(CID * HALVES + h)
-            tma_store(o_desc, [q_row, qo_head, h * BOX_COLUMNS], part)
+            tma_store(o_desc, [q_row, qo_head, h * BOX_COLUMNS], outputs.box(outlet, CID * HALVES + h))
     else:
         offs_d = gl.arange(0, cfg.head_dim, gl.SliceLayout(0, OL))
         offs = row[:, None] * output.stride_row + (qo_head * output.stride_head + offs_d)[None, :]
@@ -259,11 +265,10 @@ def _write(state, item, output, o_desc, out_parts, out_tile, q_row, factors, sca
 
 
 @jit
-def _consumer(descs, channels, out_parts, output, work, heads, hooks, factors, CID: gl.constexpr, cfg: gl.constexpr):
+def _consumer(descs, channels, outputs, output, work, heads, hooks, factors, CID: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup: `rows` queries of each work item."""
     queries, keys, values = channels
     dtype: gl.constexpr = descs[0].dtype
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     SL: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, cfg.block_n, 16]
     )
@@ -271,15 +276,15 @@ def _consumer(descs, channels, out_parts, output, work, heads, hooks, factors, C
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, cfg.head_dim, 16]
     )
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
-    q = reinterpret(queries.parts, dtype, [2, cfg.rows, cfg.head_dim], SHARED).index(CID)
-    out_tile = reinterpret(out_parts, dtype, [2, cfg.rows, cfg.head_dim], SHARED).index(CID)
-    turns = Turns(FIRST_BARRIER + 2 * cfg.stages, CID)
-    turns.begin()
+    turns = Turns(FIRST_BARRIER, CID, cfg.groups)
+    if cfg.turns:
+        turns.begin()
+    num_tiles = gl.load(work.num_tiles)
     done = 0
-    for n in range(0, _rounds(work, heads, cfg)):
-        record, qo_head = _item(work, heads, n, cfg)
+    for n in range(0, _rounds(num_tiles, heads, cfg)):
+        record, qo_head = _item(work, num_tiles, n, cfg)
         request = gl.load(record)
-        q_lo = gl.load(record + 1) * (2 * cfg.rows) + CID * cfg.rows
+        q_lo = gl.load(record + 1) * (cfg.groups * cfg.rows) + CID * cfg.rows
         kv_tile = gl.load(record + 2)
         kv_tiles = gl.load(record + 3)
         kv_len = gl.load(record + 4)
@@ -300,16 +305,19 @@ def _consumer(descs, channels, out_parts, output, work, heads, hooks, factors, C
         end = done + kv_tiles
 
         queries.wait(n)
+        q = queries.part(n, CID)
         keys.wait(done)
         zero = gl.full([cfg.rows, cfg.block_n], 0.0, gl.float32, SL)
         m_i = gl.full([cfg.rows], float("-inf"), gl.float32, gl.SliceLayout(1, SL))
-        turns.take()
-        s = warpgroup_mma(q, keys.tile(done).permute((1, 0)), zero, use_acc=False, is_async=True)
-        turns.give()
+        if cfg.turns:
+            turns.take()
+        s = warpgroup_mma(q, keys.part(done, 0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        if cfg.turns:
+            turns.give()
         s = warpgroup_mma_wait(0, deps=[s])
         keys.release(done)
         s = transformed(s, item, last * cfg.block_n, hooks, scale, True, cfg, SL)
-        p, m_i, _ = online(s, m_i, scale, cfg)
+        p, m_i, _ = online(s, m_i, hooks, scale, cfg)
         l_i = row_sums(p, cfg.rows, cfg.block_n)
         acc = gl.full([cfg.rows, cfg.head_dim], 0.0, gl.float32, OL)
         rest = kv_len - last * cfg.block_n
@@ -329,11 +337,11 @@ def _consumer(descs, channels, out_parts, output, work, heads, hooks, factors, C
             state = _step(q, state, channels, done + j, end, item, begin, hooks, scale, turns, True, cfg, SL, OL, PL)
         p, acc, m_i, l_i = state
         if not cfg.share_out:
-            queries.release()
+            queries.release(n)
         done = end
         values.wait(done - 1)
         weights = gl.convert_layout(p.to(dtype), PL)
-        acc = warpgroup_mma(weights, values.tile(done - 1), acc, is_async=True)
+        acc = warpgroup_mma(weights, values.part(done - 1, 0), acc, is_async=True)
         l_row = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, OL))
         m_row = gl.convert_layout(m_i, gl.SliceLayout(1, OL))
         acc = warpgroup_mma_wait(0, deps=[acc])
@@ -341,27 +349,30 @@ def _consumer(descs, channels, out_parts, output, work, heads, hooks, factors, C
         # The store of the item before has left the buffer.
         tma_store_wait(0)
         state = (acc, m_row, l_row)
-        _write(state, item, output, descs[3], out_parts, out_tile, q_row, factors, scale, CID, cfg, OL)
+        # Where memory is short the output leaves through that of this item's queries.
+        outlet = n if cfg.share_out else 0
+        _write(state, item, output, descs[3], outputs, outlet, q_row, hooks, factors, scale, CID, cfg, OL)
         if cfg.share_out:
             tma_store_wait(0)
-            queries.release()
-    turns.end()
+            queries.release(n)
+    if cfg.turns:
+        turns.end()
     tma_store_wait(0)
 
 
 @jit
-def _ring(desc, FIRST: gl.constexpr, cfg: gl.constexpr):
-    """A ring of K or V tiles, its barriers ready."""
+def _ring(desc, STAGES: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr, FIRST: gl.constexpr, cfg: gl.constexpr):
+    """A ring of tiles of PARTS parts of ROWS rows each, its barriers ready."""
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    BOXES: gl.constexpr = cfg.head_dim // BOX_COLUMNS * (cfg.block_n // cfg.box)
-    shape: gl.constexpr = [cfg.stages * BOXES] + desc.block_type.shape
+    BOX_ROWS: gl.constexpr = desc.block_type.numel // BOX_COLUMNS
+    BOXES: gl.constexpr = cfg.head_dim // BOX_COLUMNS * PARTS * (ROWS // BOX_ROWS)
+    shape: gl.constexpr = [STAGES * BOXES] + desc.block_type.shape
     boxes = gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
-    tiles = reinterpret(boxes, desc.dtype, [cfg.stages, cfg.block_n, cfg.head_dim], SHARED)
-    full = gl.allocate_shared_memory(gl.int64, [cfg.stages, 1], mbarrier.MBarrierLayout())
-    STAGES: gl.constexpr = cfg.stages
+    parts = reinterpret(boxes, desc.dtype, [STAGES * PARTS, ROWS, cfg.head_dim], SHARED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-    return Ring(tiles, boxes, full, cfg.stages, BOXES, cfg.block_n * cfg.head_dim * 2, FIRST, 2)
+    return Ring(parts, boxes, full, STAGES, PARTS, BOXES, PARTS * ROWS * cfg.head_dim * 2, FIRST, cfg.groups)
 
 
 @jit
@@ -371,28 +382,38 @@ def prefill_kernel(q_desc, k_desc, v_desc, o_desc, output, work, indices, heads,
     Descriptors: q and out `[rows, heads, dim]`, boxes of `cfg.rows` x 64; k and v `[pages, page_size, heads, dim]`
     (ragged: one page), boxes of `cfg.box` x 64.
     """
-    PARTS: gl.constexpr = 2 * (cfg.head_dim // BOX_COLUMNS)
-    shape: gl.constexpr = [PARTS] + q_desc.block_type.shape
-    q_parts = gl.allocate_shared_memory(q_desc.dtype, shape, q_desc.layout)
-    out_parts = q_parts
+    # Hardware barriers: the turns, then one a stage of each ring.
+    FIRST_EMPTY: gl.constexpr = FIRST_BARRIER + cfg.groups
+    Q_STAGES: gl.constexpr = cfg.q_stages
+    STAGES: gl.constexpr = cfg.stages
+    queries = _ring(q_desc, Q_STAGES, cfg.groups, cfg.rows, FIRST_EMPTY, cfg)
+    keys = _ring(k_desc, STAGES, 1, cfg.block_n, FIRST_EMPTY + Q_STAGES, cfg)
+    values = _ring(v_desc, STAGES, 1, cfg.block_n, FIRST_EMPTY + Q_STAGES + STAGES, cfg)
+    outputs = queries
     if not cfg.share_out:
-        out_parts = gl.allocate_shared_memory(o_desc.dtype, shape, o_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(q_full, count=1)
-    mbarrier.init(q_empty, count=2)
-    queries = Slot(q_parts, q_full, q_empty, 2 * cfg.rows * cfg.head_dim * 2)
-    keys = _ring(k_desc, FIRST_BARRIER, cfg)
-    values = _ring(v_desc, FIRST_BARRIER + cfg.stages, cfg)
+        outputs = _ring(o_desc, 1, cfg.groups, cfg.rows, FIRST_EMPTY, cfg)
     fence_async_shared()
     descs = (q_desc, k_desc, v_desc, o_desc)
     channels = (queries, keys, values)
-    gl.warp_specialize(
-        [
-            (_consumer, (descs, channels, out_parts, output, work, heads, hooks, factors, 0, cfg)),
-            (_consumer, (descs, channels, out_parts, output, work, heads, hooks, factors, 1, cfg)),
-            (_producer, (descs, channels, work, heads, indices, cfg)),
-        ],
-        [4, 1],
-        [240, 24],
-    )
+    REGISTERS: gl.constexpr = cfg.registers
+    if cfg.groups == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (descs, channels, outputs, output, work, heads, hooks, factors, 0, cfg)),
+                (_consumer, (descs, channels, outputs, output, work, heads, hooks, factors, 1, cfg)),
+                (_producer, (descs, channels, work, heads, indices, cfg)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (descs, channels, outputs, output, work, heads, hooks, factors, 0, cfg)),
+                (_consumer, (descs, channels, outputs, output, work, heads, hooks, factors, 1, cfg)),
+                (_consumer, (descs, channels, outputs, output, work, heads, hooks, factors, 2, cfg)),
+                (_producer, (descs, channels, work, heads, indices, cfg)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 32],
+        )

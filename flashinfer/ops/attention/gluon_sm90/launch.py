@@ -24,8 +24,8 @@ from flashinfer.ops.attention.spec import AttentionSpec, Batch, Scales, Tensors
 from flashinfer.ops.attention.variant import Variant
 
 BOX_COLUMNS = 64
-# 65,536 registers, 288 threads: each warp starts with so many, and the roles then trade among themselves.
-MAX_REGISTERS = 168
+# 65,536 registers among 4 warpgroups of up to so many threads: what each warp starts with; the roles then trade.
+MAX_REGISTERS = {2: 168, 3: 128}
 _launch_order = Prebound(order_kernel)
 _launch_prefill = Prebound(prefill_kernel)
 
@@ -76,7 +76,7 @@ def plan(spec: AttentionSpec, batch: Batch, variant: Variant, arena: Arena) -> G
         num_warps=8,
     )
     items = capacity * spec.num_qo_heads
-    num_programs = min(items, arch_of(arena.device).num_sms) if persistent else items
+    num_programs = min(items, arch_of(arena.device).num_sms) if config.persistent else items
     return GluonPlan(config, num_programs, work, hooks, batch.kv_indices, (key, alignment(batch.kv_indices)))
 
 
@@ -106,7 +106,7 @@ def run(spec: AttentionSpec, plan: GluonPlan, tensors: Tensors, variant: Variant
         config,
     )
     grid = (plan.num_programs, 1, 1)
-    _launch_prefill(grid, key, arguments, q.device, num_warps=4, maxnreg=MAX_REGISTERS)
+    _launch_prefill(grid, key, arguments, q.device, num_warps=4, maxnreg=MAX_REGISTERS[config.groups])
 
 
 @cache
@@ -115,7 +115,16 @@ def _layout(rank: int) -> gl.NVMMASharedLayout:
 
 
 def _tensor_map(x: torch.Tensor, box: tuple[int, ...]) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(box), _layout(len(box)))
+    """As the constructor makes it, less 10 us of checks that `support.gluon_sm90_layout` has made."""
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides = x, list(x.shape), _strides(x)
+    made.block_shape, made.layout, made.padding = list(box), _layout(len(box)), "zero"
+    return made
+
+
+def _strides(x: torch.Tensor) -> list[int]:
+    """Those of dimensions of size 1 mean nothing, but a tensor map wants them in multiples of 16 bytes too."""
+    return [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride(), strict=False)] + [1]
 
 
 def _kv_map(x: torch.Tensor, config: GluonConfig) -> TensorDescriptor:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from flashinfer.device.gluon import gl, jit
-from flashinfer.ops.attention.device.factors import LOG2_E
-from flashinfer.ops.attention.device.hooks import fold_logits, fold_mask
+from flashinfer.ops.attention.device.hooks import exponent_factor, fold_logits, fold_mask
 from flashinfer.ops.attention.variant import At
 
 
@@ -26,8 +25,7 @@ def transformed(s, item, begin, hooks, scale, MASK: gl.constexpr, cfg: gl.conste
     kv_idx = begin + gl.arange(0, cfg.block_n, gl.SliceLayout(0, SL))
     at = At(request, qo_idx[:, None], kv_idx[None, :], qo_head, qo_len, kv_len)
     if cfg.natural_logits:
-        s = s * scale
-    s = fold_logits(hooks.logits, s, at)
+        s = fold_logits(hooks.logits, s, scale, at)
     if MASK:
         inside = (kv_idx < kv_len)[None, :]
         s = gl.where(fold_mask(hooks.mask, inside, at), s, float("-inf"))
@@ -35,11 +33,9 @@ def transformed(s, item, begin, hooks, scale, MASK: gl.constexpr, cfg: gl.conste
 
 
 @jit
-def online(s, m_i, scale, cfg: gl.constexpr):
+def online(s, m_i, hooks, scale, cfg: gl.constexpr):
     """Weights of a tile under the new maximum, that maximum, and what it makes of older sums."""
-    factor = scale * LOG2_E
-    if cfg.natural_logits:
-        factor = LOG2_E + 0.0
+    factor = exponent_factor(hooks.logits, scale, cfg.natural_logits)
     m_new = gl.maximum(m_i, gl.max(s, 1))
     # Rows that have seen nothing yet have m = -inf, and -inf - -inf is NaN.
     highest = gl.where(m_new == float("-inf"), 0.0, m_new)
