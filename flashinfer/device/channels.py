@@ -2,8 +2,8 @@
 
 One producer warp fills tiles by TMA; consumer warpgroups read them. "Full" is an mbarrier on which the bytes arrive.
 "Empty" is a named hardware barrier: mbarrier.arrive costs a barrier of the whole warpgroup in Gluon's lowering, a named
-one does not. The n-th tile of a channel lies in stage n % stages; both sides count n alike. `tests/unit` holds a model
-of the protocol.
+one does not. The n-th tile of a ring lies in stage n modulo STAGES, a power of two; both sides count n alike.
+`tests/unit/test_channels.py` holds a model of the protocol.
 """
 
 from flashinfer.device.gluon import aggregate, constructor, gl, jit, mbarrier
@@ -50,6 +50,7 @@ class Ring:
     boxes: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     STAGES: gl.constexpr
+    SHIFT: gl.constexpr
     PARTS: gl.constexpr
     BOXES: gl.constexpr
     BYTES: gl.constexpr
@@ -62,6 +63,7 @@ class Ring:
         self.boxes = boxes
         self.full = full
         self.STAGES = gl.constexpr(STAGES)
+        self.SHIFT = gl.constexpr(STAGES.bit_length() - 1)
         self.PARTS = gl.constexpr(PARTS)
         self.BOXES = gl.constexpr(BOXES)
         self.BYTES = gl.constexpr(BYTES)
@@ -69,42 +71,46 @@ class Ring:
         self.THREADS = gl.constexpr(CONSUMERS * CONSUMER_THREADS.value + PRODUCER_THREADS.value)
 
     @jit
+    def stage(self, n):
+        return n & (self.STAGES - 1)
+
+    @jit
     def acquire(self, n):
         """Producer: wait until the stage of tile n is free, and announce the tile's bytes."""
         if n >= self.STAGES:
-            named_sync(self.EMPTY + n % self.STAGES, self.THREADS)
-        mbarrier.expect(self.full.index(n % self.STAGES), self.BYTES)
+            named_sync(self.EMPTY + self.stage(n), self.THREADS)
+        mbarrier.expect(self.full.index(self.stage(n)), self.BYTES)
 
     @jit
     def box(self, n, i):
         """Where box i of tile n lies."""
-        return self.boxes.index(n % self.STAGES * self.BOXES + i)
+        return self.boxes.index(self.stage(n) * self.BOXES + i)
 
     @jit
     def landing(self, n):
         """Producer: the mbarrier on which the boxes of tile n arrive."""
-        return self.full.index(n % self.STAGES)
+        return self.full.index(self.stage(n))
 
     @jit
     def drain(self, n):
         """Producer: after n tiles, meet the consumers' last releases; a barrier must not be left half counted."""
         for i in range(gl.maximum(n - self.STAGES, 0), n):
-            named_sync(self.EMPTY + i % self.STAGES, self.THREADS)
+            named_sync(self.EMPTY + self.stage(i), self.THREADS)
 
     @jit
     def wait(self, n, pred=True):
         """Consumer: wait until tile n has arrived, if `pred`."""
-        mbarrier.wait(self.full.index(n % self.STAGES), (n // self.STAGES) & 1, pred=pred)
+        mbarrier.wait(self.full.index(self.stage(n)), (n >> self.SHIFT) & 1, pred=pred)
 
     @jit
     def part(self, n, i):
         """Consumer: part i of tile n, after `wait`."""
-        return self.parts.index(n % self.STAGES * self.PARTS + i)
+        return self.parts.index(self.stage(n) * self.PARTS + i)
 
     @jit
     def release(self, n):
         """Consumer: tile n has been read; every warpgroup releases every tile."""
-        named_arrive(self.EMPTY + n % self.STAGES, self.THREADS)
+        named_arrive(self.EMPTY + self.stage(n), self.THREADS)
 
 
 @aggregate
