@@ -1,0 +1,54 @@
+"""Launch of the norm kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+
+import torch
+
+from flashinfer.core.arch import Arch
+from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.rows import RowLayout, row_layout
+from flashinfer.device.rows import Rows
+from flashinfer.ops.norm.spec import Norm, NormSpec
+from flashinfer.ops.norm.triton.configs import Launch, choose
+from flashinfer.ops.norm.triton.kernel import norm_kernel
+
+_launch = Prebound(norm_kernel)
+
+
+def bind(spec: NormSpec, arch: Arch) -> Callable[[Norm, float], None]:
+    """The call `(tensors, eps)` for one kind of norm: one launch, no host sync."""
+
+    @lru_cache(maxsize=4096)
+    def configured(layout: RowLayout) -> tuple[Launch, tuple[int, int, int], Hashable]:
+        launch = choose(spec, arch, layout.num_rows, layout.flat)
+        blocks = -(-layout.num_rows // launch.kernel.rows)
+        return launch, (min(blocks, launch.max_programs), 1, 1), (spec, launch, layout.key)
+
+    def run(tensors: Norm, eps: float) -> None:
+        out, input, weight, residual, shift, scale = tensors
+        # Without a residual its strides and pointer are the input's: the same alignment, and no branch.
+        added = input if residual is None else residual
+        layout = row_layout(input.shape, input.stride(), out.stride(), added.stride())
+        launch, grid, key = configured(layout)
+        if launch.kernel.mantissa_bits:
+            out = out.view(torch.uint8)
+        aligned = alignment(out, input, added, weight, shift, scale)
+        strides = layout.strides
+        arguments = (
+            Rows(out, *strides[1]),
+            Rows(input, *strides[0]),
+            None if residual is None else Rows(residual, *strides[2]),
+            weight,
+            shift,
+            scale,
+            layout.num_rows,
+            layout.num_inner,
+            eps,
+            launch.kernel,
+        )
+        _launch(grid, (key, aligned), arguments, input.device, num_warps=launch.num_warps)
+
+    return run
