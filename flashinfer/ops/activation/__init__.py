@@ -37,7 +37,7 @@ def gate(name: str, tensors: Gated, backend: str = "auto") -> None:
         return
     if input.dim() > 3 and not (input.is_contiguous() and out.is_contiguous()):
         for part in zip(out, input, strict=True):
-            gate(name, Gated(*part, scale), backend)
+            gate(name, Gated(*part, scale), backend=backend)
         return
     _bound(name, out.shape[-1], (input.dtype, out.dtype), input.device, backend)(tensors)
 

@@ -40,6 +40,7 @@ def bind(spec: GatedSpec, arch: Arch) -> Callable[[Gated], None]:
     return partial(run, spec)
 
 
+@torch.no_grad()
 def run(spec: GatedSpec, tensors: Gated) -> None:
     """Write `activation(x) * gate / scale` to `out`."""
     x, gate = tensors.input.float().chunk(2, dim=-1)

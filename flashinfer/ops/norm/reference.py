@@ -17,6 +17,7 @@ def bind(spec: NormSpec, arch: Arch) -> Callable[[Norm, float], None]:
     return partial(run, spec)
 
 
+@torch.no_grad()
 def run(spec: NormSpec, tensors: Norm, eps: float) -> None:
     """Write `x / sqrt(mean(x^2) + eps) * (weight + weight_bias) + shift`, over scale, to `out`; x = input + residual.
 

@@ -23,6 +23,6 @@ def triton_supports(spec: NormSpec, arch: Arch) -> str | None:
         return missing
     if spec.hidden_size > MAX_HIDDEN_SIZE:
         return f"a row of more than {MAX_HIDDEN_SIZE} elements does not fit in the registers of one program"
-    if arch.is_cpu and torch.bfloat16 in (spec.dtype, spec.out_dtype):
+    if arch.is_cpu and (spec.out_dtype == torch.bfloat16 or (spec.adds and spec.dtype == torch.bfloat16)):
         return "the Triton interpreter truncates in a conversion to bf16 instead of rounding"
     return None
