@@ -42,21 +42,36 @@ def _quantised(input: torch.Tensor, out: torch.Tensor, scale: Any) -> None:
 
 
 def _is_plain(input: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether all is as it mostly is, so that nothing is left to check; other: the residual or out."""
+    """Whether all is as it mostly is, so that the checks can be skipped; other: a tensor that is to be like input.
+
+    The checks, made to tell what is wrong, take longer than the launch of a kernel.
+    """
     return (
         isinstance(input, torch.Tensor)
         and isinstance(weight, torch.Tensor)
         and isinstance(other, torch.Tensor)
-        and input.dim() == 2
+        and input.dim() in (2, 3)
         and weight.dim() == 1
         and input.dtype == weight.dtype == other.dtype
         and input.dtype in check.FLOAT_DTYPES
         and input.shape == other.shape
-        and input.shape[1] == weight.shape[0]
+        and input.shape[-1] == weight.shape[0]
         and input.device == weight.device == other.device
-        and input.is_contiguous()
-        and weight.is_contiguous()
-        and other.is_contiguous()
+        and input.stride(-1) == weight.stride(0) == other.stride(-1) == 1
+    )
+
+
+def _is_plain_fp8(input: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> bool:
+    """The same of what quantised norms have besides."""
+    return (
+        isinstance(out, torch.Tensor)
+        and isinstance(scale, torch.Tensor)
+        and out.dtype in check.FP8_DTYPES
+        and out.shape == input.shape
+        and out.stride(-1) == 1
+        and scale.dtype == torch.float32
+        and scale.numel() == 1
+        and input.device == out.device == scale.device
     )
 
 
@@ -162,9 +177,10 @@ def rmsnorm_quant(
     out: input's shape, float8_e4m3fn or float8_e5m2, innermost stride 1. scale: fp32, one element, on the device.
     Otherwise as `rmsnorm`; ValueError also for a scale that is no tensor. Returns out.
     """
-    _rows(input)
-    _weights(input, weight=weight)
-    _quantised(input, out, scale)
+    if not (_is_plain(input, weight, input) and _is_plain_fp8(input, out, scale)):
+        _rows(input)
+        _weights(input, weight=weight)
+        _quantised(input, out, scale)
     ops.rmsnorm(out, input, weight, scale, eps, 0.0)
     return out
 
@@ -182,9 +198,10 @@ def fused_add_rmsnorm_quant(
 
     Tensors as for `fused_add_rmsnorm` and `rmsnorm_quant`.
     """
-    _rows(input, residual=residual)
-    _weights(input, weight=weight)
-    _quantised(input, out, scale)
+    if not (_is_plain(input, weight, residual) and _is_plain_fp8(input, out, scale)):
+        _rows(input, residual=residual)
+        _weights(input, weight=weight)
+        _quantised(input, out, scale)
     ops.fused_add_rmsnorm_quant(out, input, residual, weight, scale, eps)
 
 

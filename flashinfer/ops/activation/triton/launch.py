@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -10,7 +10,7 @@ import triton
 
 from flashinfer.core.arch import Arch
 from flashinfer.core.check import FP8_MANTISSA_BITS
-from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.launch import Prebound, alignment, token
 from flashinfer.core.rows import RowLayout, row_layout
 from flashinfer.device.rows import Rows
 from flashinfer.ops.activation.spec import Gated, GatedSpec
@@ -38,10 +38,10 @@ def bind(spec: GatedSpec, arch: Arch) -> Callable[[Gated], None]:
     activation = ACTIVATIONS[spec.name]
 
     @lru_cache(maxsize=4096)
-    def configured(layout: RowLayout) -> tuple[GatedConfig, tuple[int, int, int], Hashable]:
+    def configured(layout: RowLayout) -> tuple[GatedConfig, tuple[int, int, int], object]:
         cfg = choose(spec, arch, layout.num_rows, layout.flat)
         blocks = triton.cdiv(layout.num_rows, cfg.rows) * triton.cdiv(spec.width, cfg.cols)
-        return cfg, (blocks, 1, 1), (spec, cfg, layout.key)
+        return cfg, (blocks, 1, 1), token(spec, cfg, layout.key)
 
     def run(tensors: Gated) -> None:
         out, input, scale = tensors
@@ -58,6 +58,6 @@ def bind(spec: GatedSpec, arch: Arch) -> Callable[[Gated], None]:
             activation,
             cfg,
         )
-        _launch(grid, (key, alignment(out, input, scale)), arguments, input.device, num_warps=NUM_WARPS)
+        _launch(grid, (key, alignment(*tensors)), arguments, input.device, num_warps=NUM_WARPS)
 
     return run

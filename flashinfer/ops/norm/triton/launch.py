@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
 
 from flashinfer.core.arch import Arch
-from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.launch import Prebound, alignment, token
 from flashinfer.core.rows import RowLayout, row_layout
 from flashinfer.device.rows import Rows
 from flashinfer.ops.norm.spec import Norm, NormSpec
@@ -22,25 +22,27 @@ def bind(spec: NormSpec, arch: Arch) -> Callable[[Norm, float], None]:
     """The call `(tensors, eps)` for one kind of norm: one launch, no host sync."""
 
     @lru_cache(maxsize=4096)
-    def configured(layout: RowLayout) -> tuple[Launch, tuple[int, int, int], Hashable]:
+    def configured(layout: RowLayout) -> tuple[Launch, tuple[int, int, int], object]:
         launch = choose(spec, arch, layout.num_rows, layout.flat)
         blocks = -(-layout.num_rows // launch.kernel.rows)
-        return launch, (min(blocks, launch.max_programs), 1, 1), (spec, launch, layout.key)
+        return launch, (min(blocks, launch.max_programs), 1, 1), token(spec, launch, layout.key)
 
     def run(tensors: Norm, eps: float) -> None:
         out, input, weight, residual, shift, scale = tensors
-        # Without a residual its strides and pointer are the input's: the same alignment, and no branch.
-        added = input if residual is None else residual
-        layout = row_layout(input.shape, input.stride(), out.stride(), added.stride())
+        if residual is None:
+            layout = row_layout(input.shape, input.stride(), out.stride())
+            added = None
+        else:
+            layout = row_layout(input.shape, input.stride(), out.stride(), residual.stride())
+            added = Rows(residual, *layout.strides[2])
         launch, grid, key = configured(layout)
         if launch.kernel.mantissa_bits:
             out = out.view(torch.uint8)
-        aligned = alignment(out, input, added, weight, shift, scale)
-        strides = layout.strides
+        aligned = alignment(*[t for t in tensors if t is not None])  # which are None is known from the spec
         arguments = (
-            Rows(out, *strides[1]),
-            Rows(input, *strides[0]),
-            None if residual is None else Rows(residual, *strides[2]),
+            Rows(out, *layout.strides[1]),
+            Rows(input, *layout.strides[0]),
+            added,
             weight,
             shift,
             scale,
