@@ -37,8 +37,9 @@ def choose(spec: NormSpec, arch: Arch, num_rows: int, flat: bool) -> Launch:
     # Narrow rows (heads) share a program of four warps.
     rows = max(1, 4 * WARP * FEW // block)
     many = num_rows > FEW_BLOCKS * arch.num_sms * rows
-    elements = block * rows
-    num_warps = min(max(elements // (WARP * (MANY if many else FEW)), 4), MAX_WARPS)
+    per_thread = MANY if many else FEW
+    rows = max(1, 4 * WARP * per_thread // block)
+    num_warps = min(max(block * rows // (WARP * per_thread), 4), MAX_WARPS)
     kernel = NormConfig(
         hidden_size=spec.hidden_size,
         block=block,

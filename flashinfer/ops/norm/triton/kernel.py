@@ -53,10 +53,10 @@ def norm_kernel(out, input, residual, weight, shift, scale, num_rows, num_inner,
         row = block * cfg.rows + tl.arange(0, cfg.rows)
         mask = (row < num_rows)[:, None] & mask_col[None, :]
         pointers = row_pointers(input, row, num_inner, cfg.flat) + offs_col[None, :]
-        x = tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        x = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
         if residual is not None:
             pointers = row_pointers(residual, row, num_inner, cfg.flat) + offs_col[None, :]
-            x += tl.load(pointers, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+            x += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
             tl.store(pointers, x.to(residual.data.dtype.element_ty), mask=mask)
         if cfg.centred:
             x = tl.where(mask_col[None, :], x - _mean(x, cfg), 0.0)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import torch
+import triton
 
 from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, alignment, token
@@ -24,8 +25,10 @@ def bind(spec: NormSpec, arch: Arch) -> Callable[[Norm, float], None]:
     @lru_cache(maxsize=4096)
     def configured(layout: RowLayout) -> tuple[Launch, tuple[int, int, int], object]:
         launch = choose(spec, arch, layout.num_rows, layout.flat)
-        blocks = -(-layout.num_rows // launch.kernel.rows)
-        return launch, (min(blocks, launch.max_programs), 1, 1), token(spec, launch, layout.key)
+        blocks = triton.cdiv(layout.num_rows, launch.kernel.rows)
+        turns = triton.cdiv(blocks, launch.max_programs)
+        # As few programs as take no more turns: then none is left to work alone at the end.
+        return launch, (triton.cdiv(blocks, turns), 1, 1), token(spec, launch, layout.key)
 
     def run(tensors: Norm, eps: float) -> None:
         out, input, weight, residual, shift, scale = tensors
