@@ -37,7 +37,8 @@ def choose(spec: NormSpec, arch: Arch, num_rows: int, flat: bool) -> Launch:
     # Narrow rows (heads) share a program of four warps.
     rows = max(1, 4 * WARP * FEW // block)
     many = num_rows > FEW_BLOCKS * arch.num_sms * rows
-    per_thread = MANY if many else FEW
+    # Half as many where the result is fp8, whose rounding needs registers too.
+    per_thread = FEW if not many else MANY if spec.out_dtype == spec.dtype else MANY // 2
     rows = max(1, 4 * WARP * per_thread // block)
     num_warps = min(max(block * rows // (WARP * per_thread), 4), MAX_WARPS)
     kernel = NormConfig(
