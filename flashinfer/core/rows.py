@@ -7,6 +7,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 
+from flashinfer.core.launch import integer_classes
+
 
 @dataclass(frozen=True, eq=False)
 class RowLayout:
@@ -37,9 +39,4 @@ def row_layout(shape: tuple[int, ...], *strides: tuple[int, ...]) -> RowLayout:
     assert flat or len(lead) == 2, f"rows of shape {shape}, strides {strides}"
     num_inner = 1 if flat else lead[1]
     pairs = tuple((0 if flat else s[0], s[-2] if lead else 0) for s in strides)
-    return RowLayout(num_rows, num_inner, pairs, flat, (flat, tuple(map(_classes, pairs))))
-
-
-def _classes(strides: tuple[int, int]) -> tuple[tuple[bool, bool, bool], ...]:
-    """What Triton specialises integers for; the values themselves would make a new key for every number of tokens."""
-    return tuple((s == 1, s % 16 == 0, s >= 2**31) for s in strides)
+    return RowLayout(num_rows, num_inner, pairs, flat, (flat, tuple(map(integer_classes, pairs))))
