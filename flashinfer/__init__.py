@@ -8,7 +8,16 @@ from flashinfer.decode import (
     fast_decode_plan,
     single_decode_with_kv_cache,
 )
-from flashinfer.norm import fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm
+from flashinfer.norm import (
+    fused_add_rmsnorm,
+    fused_add_rmsnorm_quant,
+    gemma_fused_add_rmsnorm,
+    gemma_rmsnorm,
+    layernorm,
+    layernorm_quant,
+    rmsnorm,
+    rmsnorm_quant,
+)
 from flashinfer.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
 from flashinfer.prefill import (
     BatchPrefillWithPagedKVCacheWrapper,
@@ -63,6 +72,7 @@ __all__ = [
     "apply_rope_with_cos_sin_cache_inplace",
     "fast_decode_plan",
     "fused_add_rmsnorm",
+    "fused_add_rmsnorm_quant",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "gemma_fused_add_rmsnorm",
@@ -70,12 +80,14 @@ __all__ = [
     "get_batch_indices_positions",
     "get_seq_lens",
     "layernorm",
+    "layernorm_quant",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
     "min_p_sampling_from_probs",
     "packbits",
     "rmsnorm",
+    "rmsnorm_quant",
     "sampling_from_logits",
     "sampling_from_probs",
     "segment_packbits",

@@ -13,8 +13,10 @@ import torch
 
 from flashinfer.core.arch import CPU, SMEM_BYTES, Arch
 from flashinfer.core.select import Impl
-from flashinfer.ops import attention, merge, page
+from flashinfer.ops import activation, attention, merge, norm, page
+from flashinfer.ops.activation import GatedSpec
 from flashinfer.ops.attention.spec import AttentionSpec
+from flashinfer.ops.norm import NormSpec
 from flashinfer.ops.page import AppendSpec
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "support.md"
@@ -68,6 +70,12 @@ def table(title: str, impls: Sequence[Impl], specs: Iterable[tuple[str, object]]
 
 def document() -> str:
     """The whole file."""
+    bf16, e4m3 = torch.bfloat16, torch.float8_e4m3fn
+    norms: list[tuple[str, object]] = [
+        (f"any dtype, fp8 results included, hidden_size {size}", NormSpec(width, bf16, bf16, e4m3, False, True, 0.0))
+        for size, width in (("up to 16384", 16384), ("above", 16385))
+    ]
+    gated = [("any dtype, fp8 results included", GatedSpec("silu", 14336, bf16, e4m3))]
     append = [("any dtype, fp8 caches included", AppendSpec(8, 128, 128, 16, torch.bfloat16, torch.float8_e4m3fn))]
     parts = [
         "# What runs where\n",
@@ -77,7 +85,9 @@ def document() -> str:
         *table("Attention: decode, append, prefill; every variant", attention.IMPLS, attention_specs()),
         *table("Merging of attention states", merge.IMPLS, [("float32, float16, bfloat16", None)]),
         *table("append_paged_kv_cache", page.IMPLS, append),
-        "Everything else (RoPE, norms, activations, packing, sampling) is torch only, on any device.",
+        *table("Norms", norm.IMPLS, norms),
+        *table("Gated activations", activation.IMPLS, gated),
+        "Everything else (RoPE, packing, sampling) is torch only, on any device.",
     ]
     return "\n".join(parts) + "\n"
 
