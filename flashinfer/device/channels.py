@@ -6,6 +6,8 @@ one does not. The n-th tile of a ring lies in stage n modulo STAGES, a power of 
 `tests/unit/test_channels.py` holds a model of the protocol.
 """
 
+import math
+
 from flashinfer.device.gluon import aggregate, constructor, gl, jit, mbarrier
 
 PRODUCER_THREADS = gl.constexpr(32)
@@ -58,15 +60,15 @@ class Ring:
     THREADS: gl.constexpr
 
     @constructor
-    def __init__(self, parts, boxes, full, STAGES, PARTS, BOXES, BYTES, EMPTY, CONSUMERS):
+    def __init__(self, parts, boxes, full, STAGES, EMPTY, CONSUMERS):
         self.parts = parts
         self.boxes = boxes
         self.full = full
         self.STAGES = gl.constexpr(STAGES)
         self.SHIFT = gl.constexpr(STAGES.bit_length() - 1)
-        self.PARTS = gl.constexpr(PARTS)
-        self.BOXES = gl.constexpr(BOXES)
-        self.BYTES = gl.constexpr(BYTES)
+        self.PARTS = gl.constexpr(parts.shape[0] // STAGES)
+        self.BOXES = gl.constexpr(boxes.shape[0] // STAGES)
+        self.BYTES = gl.constexpr(math.prod(parts.shape) // STAGES * parts.dtype.primitive_bitwidth // 8)
         self.EMPTY = gl.constexpr(EMPTY)
         self.THREADS = gl.constexpr(CONSUMERS * CONSUMER_THREADS.value + PRODUCER_THREADS.value)
 

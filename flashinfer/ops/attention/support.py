@@ -5,6 +5,9 @@ What only a run can tell (strides, addresses) has predicates of its own: `layout
 
 from __future__ import annotations
 
+from functools import cache
+from importlib.metadata import version
+
 import torch
 
 from flashinfer.core.arch import Arch
@@ -34,6 +37,7 @@ def triton_supports(spec: AttentionSpec, arch: Arch) -> str | None:
 # Rows of a query tile of the Hopper prefill; a tile is of one head.
 HOPPER_QUERY_TILE = 128
 HOPPER_HEAD_DIMS = (64, 128, 256)
+HOPPER_TRITON = "3.6."
 
 
 def gluon_sm90_supports(spec: AttentionSpec, arch: Arch) -> str | None:
@@ -43,7 +47,16 @@ def gluon_sm90_supports(spec: AttentionSpec, arch: Arch) -> str | None:
     missing = triton_missing(arch)
     if missing is not None:
         return missing
-    return _hopper_problem(spec) or _hopper_workload(spec, arch)
+    return hopper_compiler_problem() or _hopper_problem(spec) or _hopper_workload(spec, arch)
+
+
+@cache
+def hopper_compiler_problem() -> str | None:
+    """Why this Triton's code for the kernel is not used; the kernel compiles under all of them (compile gate)."""
+    release = version("triton")
+    if not release.startswith(HOPPER_TRITON):
+        return f"Triton {release} spills registers in the kernel's loop; measured right and fast with {HOPPER_TRITON}"
+    return None
 
 
 def _hopper_problem(spec: AttentionSpec) -> str | None:

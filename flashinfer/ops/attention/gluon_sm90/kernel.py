@@ -372,7 +372,7 @@ def _ring(desc, STAGES: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr, F
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-    return Ring(parts, boxes, full, STAGES, PARTS, BOXES, PARTS * ROWS * cfg.head_dim * 2, FIRST, cfg.groups)
+    return Ring(parts, boxes, full, STAGES, FIRST, cfg.groups)
 
 
 @jit

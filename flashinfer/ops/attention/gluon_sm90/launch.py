@@ -110,7 +110,7 @@ def run(spec: AttentionSpec, plan: GluonPlan, tensors: Tensors, variant: Variant
 
 
 @cache
-def _layout(rank: int) -> gl.NVMMASharedLayout:
+def box_layout(rank: int) -> gl.NVMMASharedLayout:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=rank)
 
 
@@ -118,7 +118,7 @@ def _tensor_map(x: torch.Tensor, box: tuple[int, ...]) -> TensorDescriptor:
     """As the constructor makes it, less 10 us of checks that `support.gluon_sm90_layout` has made."""
     made = object.__new__(TensorDescriptor)
     made.base, made.shape, made.strides = x, list(x.shape), _strides(x)
-    made.block_shape, made.layout, made.padding = list(box), _layout(len(box)), "zero"
+    made.block_shape, made.layout, made.padding = list(box), box_layout(len(box)), "zero"
     return made
 
 
