@@ -5,9 +5,6 @@ What only a run can tell (strides, addresses) has predicates of its own: `layout
 
 from __future__ import annotations
 
-from functools import cache
-from importlib.metadata import version
-
 import torch
 
 from flashinfer.core.arch import Arch
@@ -47,15 +44,14 @@ def gluon_sm90_supports(spec: AttentionSpec, arch: Arch) -> str | None:
     missing = triton_missing(arch)
     if missing is not None:
         return missing
-    return hopper_compiler_problem() or _hopper_problem(spec) or _hopper_workload(spec, arch)
+    return hopper_compiler_problem(arch.triton) or _hopper_problem(spec) or _hopper_workload(spec, arch)
 
 
-@cache
-def hopper_compiler_problem() -> str | None:
+def hopper_compiler_problem(release: str | None) -> str | None:
     """Why this Triton's code for the kernel is not used; the kernel compiles under all of them (compile gate)."""
-    release = version("triton")
-    if not release.startswith(HOPPER_TRITON):
-        return f"Triton {release} spills registers in the kernel's loop; measured right and fast with {HOPPER_TRITON}"
+    if release is None or not release.startswith(HOPPER_TRITON):
+        known = f"measured right and fast with {HOPPER_TRITON}x only"
+        return f"Triton {release} was not seen to keep the kernel's loop in registers ({known})"
     return None
 
 
