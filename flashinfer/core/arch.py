@@ -25,6 +25,11 @@ class Arch:
         return self.name == "sm90"
 
     @property
+    def converts_to_fp8(self) -> bool:
+        """Whether Triton rounds fp32 to fp8 in one instruction, saturating (for sm_89, 3.6 goes through fp16)."""
+        return self.name.startswith("sm") and int(self.name[2:]) >= 90
+
+    @property
     def is_cpu(self) -> bool:
         return self.name == "cpu"
 

@@ -155,7 +155,9 @@ def run(rows: tuple, tokens: list, cache: object, views: tuple, table: tuple, la
             key, value, batch_indices, positions, cache, indices, indptr, last_page_len, kv_layout=layout
         )
     else:
-        ops.append(ops.Append(key, value, *views, batch_indices, positions, indices, indptr), backend=backend)
+        ops.append(
+            ops.Append(key, value, *views, ops.PageTable(batch_indices, positions, indices, indptr)), backend=backend
+        )
 
 
 @dataclass
@@ -275,7 +277,7 @@ def test_append_nothing(backend: str, device: str) -> None:
         (rows, skip, int32([0, 9, 0, 5], device), empty, int32([0, 0], device)),
     ]
     for (key, value), batch_indices, positions, pages, ptr in cases:
-        ops.append(ops.Append(key, value, k, v, batch_indices, positions, pages, ptr), backend=backend)
+        ops.append(ops.Append(key, value, k, v, ops.PageTable(batch_indices, positions, pages, ptr)), backend=backend)
         append_paged_kv_cache(key, value, batch_indices, positions, (k, v), pages, ptr, int32([1], device))
         assert torch.equal(k, before[0]) and torch.equal(v, before[1])
 
@@ -318,7 +320,7 @@ def test_no_host_sync(backend: str) -> None:
         lengths = get_seq_lens(table[1], table[2], batch.page_size)
         where = get_batch_indices_positions(append_indptr, lengths, nnz + 3)
         append_paged_kv_cache(*rows, *where, cache, *table)
-        ops.append(ops.Append(*rows, *cache.unbind(1), *where, *table[:2]), backend=backend)
+        ops.append(ops.Append(*rows, *cache.unbind(1), ops.PageTable(*where, *table[:2])), backend=backend)
 
     step()
     torch.cuda.set_sync_debug_mode("error")
@@ -454,6 +456,6 @@ def test_index_function_range_errors() -> None:
 def test_unknown_backend(device: str) -> None:
     key = torch.randn(1, 1, 8, device=device)
     cache = torch.zeros(1, 1, 1, 8, device=device)
-    tensors = ops.Append(key, key, cache, cache, *(int32(x, device) for x in ([0], [0], [0], [0, 1])))
+    tensors = ops.Append(key, key, cache, cache, ops.PageTable(*(int32(x, device) for x in ([0], [0], [0], [0, 1]))))
     with pytest.raises(ValueError, match=r"backend: got 'cuda', expected one of 'auto', 'triton', 'torch'"):
         ops.append(tensors, backend="cuda")
