@@ -13,9 +13,9 @@ from flashinfer.core.select import BackendSupportedError
 from flashinfer.ops import page as ops
 from flashinfer.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
 from flashinfer.testing import poisoned
+from tests.ops.fp8_codes import FP8, nearest, same
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 LAYOUTS = ("NHD", "HND")
 
 
@@ -95,27 +95,8 @@ def test_batch_indices_positions_of_nothing(device: str) -> None:
 
 
 def expected_bytes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` converted to `dtype`; fp8 from its two neighbours among all values: nearest even, saturating, NaN kept."""
-    if dtype not in FP8 or x.dtype == dtype:
-        return x.to(dtype)
-    wide = x.cpu().double()
-    values = torch.arange(128, dtype=torch.uint8).view(dtype).double()
-    values = values[values.isfinite()]
-    size = wide.abs().nan_to_num(nan=0.0).clamp(max=values[-1])
-    below = torch.searchsorted(values, size, right=True) - 1
-    above = (below + 1).clamp(max=len(values) - 1)
-    to_below, to_above = size - values[below], values[above] - size
-    up = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
-    code = torch.where(up, above, below).masked_fill(wide.isnan(), 0x7F) | (wide.signbit().long() << 7)
-    return code.to(torch.uint8).view(dtype).to(x.device)
-
-
-def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal bit for bit, save that NaNs may have any sign and payload."""
-    got, expected = got.float(), expected.float()
-    both_nan = got.isnan() & expected.isnan()
-    bits = got.view(torch.int32) == expected.view(torch.int32)
-    return bool((bits | both_nan).all())
+    """`x` converted to `dtype`."""
+    return x.to(dtype) if dtype not in FP8 or x.dtype == dtype else nearest(x, dtype)
 
 
 def make_cache(shape: tuple[int, ...], layout: str, form: str, dtype: torch.dtype, device: str) -> tuple:

@@ -115,6 +115,12 @@ def rope_cached(
     rotate(Rotation(*sides, angle), rotary_dim, interleave)
 
 
+def _normed(x: torch.Tensor, rotary_dim: int) -> Side:
+    """x in place, with its components beyond rotary_dim, which the norm changes too."""
+    rest = x[..., rotary_dim:]
+    return Side(Move(x, x), Move(rest, rest) if rest.shape[2] else None)
+
+
 @library.register(
     "qk_rmsnorm_rope(Tensor(a!) q, Tensor(b!) k, Tensor q_weight, Tensor k_weight, Tensor positions, "
     "Tensor cos_sin_cache, float eps, bool interleave) -> ()"
@@ -133,10 +139,7 @@ def qk_rmsnorm_rope(
     rotary_dim = cos_sin_cache.shape[1]
     angle = Angle(cos_sin_cache, positions)
     _check_ranges(angle, q.shape[0])
-    sides = []
-    for x in (q, k):
-        rest = x[..., rotary_dim:]
-        sides.append(Side(Move(x, x), Move(rest, rest) if rest.shape[2] else None))
+    sides = _normed(q, rotary_dim), _normed(k, rotary_dim)
     rotate(Rotation(*sides, angle, weights=Weights(q_weight, k_weight, eps)), rotary_dim, interleave)
 
 

@@ -8,7 +8,8 @@ import torch
 import triton
 
 from flashinfer.core.arch import Arch, arch_of
-from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.check import FP8_MANTISSA_BITS
+from flashinfer.core.launch import Prebound, alignment, integer_classes
 from flashinfer.ops.page.spec import Append, AppendSpec, PageTable, Scale, as_bytes
 from flashinfer.ops.page.triton.kernel import (
     AppendConfig,
@@ -26,7 +27,6 @@ TILE = 2048
 MAX_COLS = 1024
 INDEX_BLOCK = 256
 NUM_WARPS = 4
-MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 _launch_append = Prebound(append_kernel)
 _launch_batch_indices = Prebound(batch_indices_kernel)
 _launch_seq_lens = Prebound(seq_lens_kernel)
@@ -37,18 +37,12 @@ def configure(spec: AppendSpec, arch: Arch) -> tuple[AppendConfig, int]:
     """The kernel's configuration and the number of column blocks."""
     num_cols = spec.num_kv_heads * max(spec.head_dim_k, spec.head_dim_v)
     block_cols = min(triton.next_power_of_2(num_cols), MAX_COLS)
-    mantissa_bits = MANTISSA_BITS.get(spec.code_dtype, 0)
+    mantissa_bits = FP8_MANTISSA_BITS.get(spec.code_dtype, 0)
     code = "fp8" if mantissa_bits else "int8" if spec.code_dtype is not None else ""
     head_dims = (spec.head_dim_k, spec.head_dim_v)
     block_tokens = max(TILE // block_cols, 1)
     cfg = AppendConfig(head_dims, code, mantissa_bits, arch.converts_to_fp8, spec.scaled, block_tokens, block_cols)
     return cfg, triton.cdiv(num_cols, block_cols)
-
-
-@lru_cache(maxsize=4096)
-def _classes(strides: tuple[int, ...]) -> tuple[tuple[bool, bool, bool], ...]:
-    """What Triton specialises integers for; the values themselves would make a new key for every number of tokens."""
-    return tuple((s == 1, s % 16 == 0, s >= 2**31) for s in strides)
 
 
 def _divisor(scale: Scale) -> Divisor:
@@ -65,7 +59,7 @@ def append(spec: AppendSpec, tensors: Append) -> None:
     key_strides, value_strides, k_strides, v_strides = key.stride(), value.stride(), k_cache.stride(), v_cache.stride()
     moved = (key, value, k_cache, v_cache, *table, divisors[0].data, divisors[1].data)
     per_head = (divisors[0].stride, divisors[1].stride)
-    classes = _classes((*key_strides, *value_strides, *k_strides, *v_strides, spec.num_kv_heads, spec.page_size))
+    classes = integer_classes((*key_strides, *value_strides, *k_strides, *v_strides, spec.num_kv_heads, spec.page_size))
     _launch_append(
         (triton.cdiv(key.shape[0], cfg.block_tokens), col_blocks, 1),
         (spec, table.batch_indices.dtype, classes, per_head, alignment(*moved)),
@@ -107,7 +101,7 @@ def seq_lens(out: torch.Tensor, kv_indptr: torch.Tensor, kv_last_page_len: torch
     tensors = (out, kv_indptr, kv_last_page_len)
     _launch_seq_lens(
         (triton.cdiv(out.shape[0], INDEX_BLOCK), 1, 1),
-        (_classes((page_size,)), alignment(*tensors)),
+        (integer_classes((page_size,)), alignment(*tensors)),
         (*tensors, out.shape[0], page_size, INDEX_BLOCK),
         out.device,
         num_warps=NUM_WARPS,

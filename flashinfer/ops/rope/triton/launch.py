@@ -8,7 +8,8 @@ import torch
 import triton
 
 from flashinfer.core.arch import Arch, arch_of
-from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.check import FP8_MANTISSA_BITS
+from flashinfer.core.launch import Prebound, alignment, integer_classes
 from flashinfer.ops.rope.spec import Move, RopeSpec, Rotation
 from flashinfer.ops.rope.triton.kernel import AngleView, Factors, Part, RopeConfig, Table, Target, View, rope_kernel
 
@@ -16,7 +17,6 @@ from flashinfer.ops.rope.triton.kernel import AngleView, Factors, Part, RopeConf
 TILE = 4096
 MAX_TOKENS = 16
 NUM_WARPS = 4
-MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 _launch = Prebound(rope_kernel)
 
 
@@ -46,7 +46,7 @@ def configure(spec: RopeSpec, arch: Arch, search_steps: int) -> tuple[RopeConfig
         spec.interleave,
         spec.tabulated,
         search_steps,
-        MANTISSA_BITS.get(spec.out_dtype, 0),
+        FP8_MANTISSA_BITS.get(spec.out_dtype, 0),
         arch.converts_to_fp8,
         1 << min(MAX_TOKENS, max(1, TILE // (block_q * width))).bit_length() - 1,
         block_q,
@@ -57,12 +57,6 @@ def configure(spec: RopeSpec, arch: Arch, search_steps: int) -> tuple[RopeConfig
         block(spec.v_dim),
     )
     return cfg, head_blocks
-
-
-@lru_cache(maxsize=4096)
-def _classes(strides: tuple[int, ...]) -> tuple[tuple[bool, bool, bool], ...]:
-    """What Triton specialises integers for; the values themselves would make a new key for every number of tokens."""
-    return tuple((s == 1, s % 16 == 0, s >= 2**31) for s in strides)
 
 
 def _part(move: Move | None, paged: bool) -> Part | None:
@@ -104,7 +98,7 @@ def rotate(spec: RopeSpec, rotation: Rotation) -> None:
     num_tokens = source.shape[0]
     _launch(
         (triton.cdiv(num_tokens, cfg.block_tokens), head_blocks, 1),
-        (spec, steps, _classes(strides), dtypes, alignment(*tensors)),
+        (spec, steps, integer_classes(strides), dtypes, alignment(*tensors)),
         (
             *parts,
             AngleView(angle.table, stride, angle.positions, angle.offsets, batch_size),
