@@ -47,7 +47,8 @@ def _check_heads(q: torch.Tensor, k: torch.Tensor) -> None:
     check.tensor("k", k, dtypes=(q.dtype,), shape=shape, like=("q", q), inner_contiguous=True)
 
 
-def _style(head_dim: int, rotary_dim: int | None, interleave: bool) -> list[int]:
+def _style(head_dim: int, rotary_dim: int | None, interleave: bool) -> int:
+    """rotary_dim, which is even, + 1 to interleave."""
     rotary_dim = head_dim if rotary_dim is None else rotary_dim
     if rotary_dim % 2 or not 0 < rotary_dim <= head_dim:
         raise ValueError(
@@ -55,7 +56,7 @@ def _style(head_dim: int, rotary_dim: int | None, interleave: bool) -> list[int]
                 "rotary_dim", rotary_dim, f"an even number from 2 to head_dim {head_dim}", "Pass the rotated width."
             )
         )
-    return [rotary_dim, int(interleave)]
+    return rotary_dim + int(interleave)
 
 
 def _scaling(rope_scale: float, rope_theta: float) -> list[float]:
@@ -78,6 +79,23 @@ def _smoothing(low_freq_factor: float, high_freq_factor: float, old_context_len:
     return [float(low_freq_factor), float(high_freq_factor), float(old_context_len)]
 
 
+def _is_plain(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> bool:
+    """Whether all is as it mostly is, so that the checks can be skipped: they take longer than a launch."""
+    return (
+        isinstance(q, torch.Tensor)
+        and isinstance(k, torch.Tensor)
+        and isinstance(positions, torch.Tensor)
+        and q.dtype == k.dtype
+        and q.dtype in check.FLOAT_DTYPES
+        and positions.dtype in POSITION_DTYPES
+        and q.device == k.device == positions.device
+        and q.dim() == k.dim()
+        and (positions.shape[0],) == positions.shape
+        and q.shape[0] == k.shape[0] == positions.shape[0]
+        and q.stride(-1) == k.stride(-1) == positions.stride(-1) == 1
+    )
+
+
 def _by_request(
     q: torch.Tensor, k: torch.Tensor, indptr: torch.Tensor, offsets: torch.Tensor, inplace: bool
 ) -> tuple[Pair, Pair | tuple[None, None], Pair]:
@@ -95,6 +113,8 @@ def _by_position(
     q: torch.Tensor, k: torch.Tensor, pos_ids: torch.Tensor, inplace: bool
 ) -> tuple[Pair, Pair | tuple[None, None], tuple[torch.Tensor, None]]:
     """The same for given positions."""
+    if _is_plain(q, k, pos_ids) and q.dim() == 3 and q.shape[2] == k.shape[2]:
+        return *_targets(q, k, inplace), (pos_ids, None)
     _check_heads(q, k)
     shape = (q.shape[0],)
     check.tensor("pos_ids", pos_ids, dtypes=POSITION_DTYPES, shape=shape, like=("q", q), inner_contiguous=True)
@@ -259,6 +279,19 @@ def _cached(
     positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, head_size: int, cos_sin_cache: torch.Tensor
 ) -> None:
     """Check the arguments that both forms share."""
+    if (
+        _is_plain(query, key, positions)
+        and query.dim() == 2
+        and isinstance(head_size, int)
+        and head_size > 0 == query.shape[1] % head_size == key.shape[1] % head_size
+        and cos_sin_cache.dtype == torch.float32
+        and cos_sin_cache.dim() == 2
+        and cos_sin_cache.stride(1) == 1
+        and cos_sin_cache.device == query.device
+        and 0 < cos_sin_cache.shape[1] <= head_size
+        and cos_sin_cache.shape[1] % 2 == 0
+    ):
+        return
     check.positive("head_size", head_size)
     for name, x in (("query", query), ("key", key)):
         dtypes = check.FLOAT_DTYPES if x is query else (query.dtype,)

@@ -22,9 +22,9 @@ def force(monkeypatch: pytest.MonkeyPatch, op: str, backend: str) -> str:
     ops = import_module(f"flashinfer.ops.{op}")
     implementation = ops._implementation
 
-    def forced(spec: Any, arch: Any, requested: str) -> Any:
+    def forced(spec: Any, place: Any, requested: str) -> Any:
         try:
-            return implementation(spec, arch, backend if requested == "auto" else requested)
+            return implementation(spec, place, backend if requested == "auto" else requested)
         except BackendSupportedError as refusal:
             pytest.skip(str(refusal))
 

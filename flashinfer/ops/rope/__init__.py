@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 
 import torch
 
 from flashinfer.core import check, library
-from flashinfer.core.arch import Arch, arch_of
+from flashinfer.core.arch import arch_of
 from flashinfer.core.select import Impl, select
 from flashinfer.ops.page import PageTable, check_places
 from flashinfer.ops.rope.frequencies import frequencies
@@ -32,8 +32,11 @@ IMPLS = (
 
 
 @cache
-def _implementation(spec: RopeSpec, arch: Arch, backend: str) -> ModuleType:
-    return select(IMPLS, spec, arch, backend).load()
+def _implementation(spec: RopeSpec, device: torch.device, backend: str) -> Callable[[Rotation], None]:
+    """The chosen implementation's call for one kind of rotation; kept, because choosing takes longer than launching."""
+    arch = arch_of(device)
+    call: Callable[[Rotation], None] = select(IMPLS, spec, arch, backend).load().bind(spec, arch)
+    return call
 
 
 def rotate(rotation: Rotation, rotary_dim: int, interleave: bool, backend: str = "auto") -> None:
@@ -42,7 +45,7 @@ def rotate(rotation: Rotation, rotary_dim: int, interleave: bool, backend: str =
     if source.shape[0] == 0:
         return
     spec = spec_of(rotation, rotary_dim, interleave)
-    _implementation(spec, arch_of(source.device), backend).rotate(spec, rotation)
+    _implementation(spec, source.device, backend)(rotation)
 
 
 def _check_ranges(angle: Angle, nnz: int) -> None:
@@ -73,7 +76,7 @@ def _side(x: torch.Tensor, out: torch.Tensor, rotary_dim: int) -> Side:
 
 @library.register(
     "rope(Tensor(a!) q_out, Tensor(b!) k_out, Tensor? q, Tensor? k, Tensor positions, Tensor? offsets, "
-    "float[] scaling, int[] style) -> ()"
+    "float[] scaling, int style) -> ()"
 )
 def rope(
     q_out: torch.Tensor,
@@ -83,15 +86,16 @@ def rope(
     positions: torch.Tensor,
     offsets: torch.Tensor | None,
     scaling: list[float],
-    style: list[int],
+    style: int,
 ) -> None:
-    """Rotate q and k by frequencies; without them q_out and k_out, in place. style: (rotary_dim, interleave)."""
-    rotary_dim, interleave = style
+    """Rotate q and k by frequencies; without them q_out and k_out, in place. style: rotary_dim, + 1 to interleave."""
+    interleave = style % 2 == 1
+    rotary_dim = style - interleave
     table = frequencies(_rope(tuple(scaling), rotary_dim), positions.device)
     angle = Angle(table, positions, offsets)
     _check_ranges(angle, q_out.shape[0])
     sides = _side(q_out if q is None else q, q_out, rotary_dim), _side(k_out if k is None else k, k_out, rotary_dim)
-    rotate(Rotation(*sides, angle), rotary_dim, bool(interleave))
+    rotate(Rotation(*sides, angle), rotary_dim, interleave)
 
 
 @library.register(

@@ -7,9 +7,12 @@ The pair (a, b) of a head at position p becomes (a cos - b sin, b cos + a sin) w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from flashinfer.core.arch import Arch
 from flashinfer.ops.page import PageTable
 from flashinfer.ops.rope.spec import Angle, RopeSpec, Rotation, Side
 
@@ -104,6 +107,11 @@ def _rotate(
     _write(side.rope.target, second, new_b * side.scale, table)
     if side.rest is not None and rest is not None:
         _write(side.rest.target, slice(None), rest * side.scale, table)
+
+
+def bind(spec: RopeSpec, arch: Arch) -> Callable[[Rotation], None]:
+    """The call for one kind of rotation."""
+    return partial(rotate, spec)
 
 
 def rotate(spec: RopeSpec, rotation: Rotation) -> None:

@@ -42,7 +42,7 @@ def configure(spec: AppendSpec, arch: Arch) -> tuple[AppendConfig, int]:
     head_dims = (spec.head_dim_k, spec.head_dim_v)
     block_tokens = max(TILE // block_cols, 1)
     cfg = AppendConfig(head_dims, code, mantissa_bits, arch.converts_to_fp8, spec.scaled, block_tokens, block_cols)
-    return cfg, triton.cdiv(num_cols, block_cols)
+    return cfg, -(-num_cols // block_cols)
 
 
 def _divisor(scale: Scale) -> Divisor:
@@ -61,7 +61,7 @@ def append(spec: AppendSpec, tensors: Append) -> None:
     per_head = (divisors[0].stride, divisors[1].stride)
     classes = integer_classes((*key_strides, *value_strides, *k_strides, *v_strides, spec.num_kv_heads, spec.page_size))
     _launch_append(
-        (triton.cdiv(key.shape[0], cfg.block_tokens), col_blocks, 1),
+        (-(-key.shape[0] // cfg.block_tokens), col_blocks, 1),
         (spec, table.batch_indices.dtype, classes, per_head, alignment(*moved)),
         (
             Rows(key, key_strides[0], key_strides[1]),
@@ -88,7 +88,7 @@ def batch_indices_positions(
     steps = batch_size.bit_length()
     tensors = (batch_indices, positions, append_indptr, seq_lens)
     _launch_batch_indices(
-        (triton.cdiv(num_tokens, INDEX_BLOCK), 1, 1),
+        (-(-num_tokens // INDEX_BLOCK), 1, 1),
         (steps, alignment(*tensors)),
         (*tensors, num_tokens, batch_size, steps, INDEX_BLOCK),
         batch_indices.device,
@@ -100,7 +100,7 @@ def seq_lens(out: torch.Tensor, kv_indptr: torch.Tensor, kv_last_page_len: torch
     """Tokens of each request: one launch."""
     tensors = (out, kv_indptr, kv_last_page_len)
     _launch_seq_lens(
-        (triton.cdiv(out.shape[0], INDEX_BLOCK), 1, 1),
+        (-(-out.shape[0] // INDEX_BLOCK), 1, 1),
         (integer_classes((page_size,)), alignment(*tensors)),
         (*tensors, out.shape[0], page_size, INDEX_BLOCK),
         out.device,

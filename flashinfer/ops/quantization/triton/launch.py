@@ -51,7 +51,7 @@ def packbits(out: torch.Tensor, x: torch.Tensor, little: bool) -> None:
     x = _bytes(x.contiguous())
     num_bits = x.shape[0]
     _launch_packbits(
-        (triton.cdiv(num_bits, 8 * BLOCK_BYTES), 1, 1),
+        (-(-num_bits // (8 * BLOCK_BYTES)), 1, 1),
         (x.dtype, little, num_bits >= 2**31, alignment(x, out)),
         (x, out, num_bits, little, BLOCK_BYTES),
         x.device,
@@ -67,7 +67,7 @@ def segment_packbits(
     num_segments = indptr.shape[0] - 1
     steps = num_segments.bit_length()
     _launch_segments(
-        (triton.cdiv(out.shape[0], BLOCK_BYTES), 1, 1),
+        (-(-out.shape[0] // BLOCK_BYTES), 1, 1),
         (x.dtype, indptr.dtype, little, steps, out.shape[0] >= 2**31, alignment(x, indptr, byte_indptr, out)),
         (x, indptr, byte_indptr, out, out.shape[0], num_segments, steps, little, BLOCK_BYTES),
         x.device,
@@ -84,7 +84,7 @@ def quantize_groups(out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, ep
     strides = (x.stride(), codes.stride(), scales.stride())
     block_groups, block, num_warps = block_of(group_size)
     _launch_quantize_groups(
-        (triton.cdiv(num_rows * num_groups, block_groups), 1, 1),
+        (-(-num_rows * num_groups // block_groups), 1, 1),
         (kind, x.dtype, integer_classes((*sum(strides, ()), num_groups)), alignment(x, codes, scales)),
         (
             Groups(x, *strides[0][:2]),
@@ -107,7 +107,7 @@ def quantize_by_scale(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -
     kind = (FP8_MANTISSA_BITS.get(out.dtype, 0), arch_of(x.device).converts_to_fp8)
     codes, num_elements = _bytes(out), x.numel()
     _launch_quantize_by_scale(
-        (triton.cdiv(num_elements, TILE), 1, 1),
+        (-(-num_elements // TILE), 1, 1),
         (kind, x.dtype, num_elements >= 2**31, alignment(x, scale, codes)),
         (x, scale, codes, num_elements, *kind, TILE),
         x.device,
@@ -123,7 +123,7 @@ def dequantize_groups(out: torch.Tensor, x: torch.Tensor, scales: torch.Tensor) 
     strides = (codes.stride(), scales.stride(), out.stride())
     block_groups, block, num_warps = block_of(group_size)
     _launch_dequantize_groups(
-        (triton.cdiv(num_rows * num_groups, block_groups), 1, 1),
+        (-(-num_rows * num_groups // block_groups), 1, 1),
         (
             (group_size, mantissa_bits, out.dtype),
             integer_classes((*sum(strides, ()), num_groups)),
@@ -153,7 +153,7 @@ def dequantize_fp4(
     block_groups = TILE // kind.group_size
     scales = scales.view(torch.uint8)
     _launch_dequantize_fp4(
-        (triton.cdiv(num_rows * num_groups, block_groups), 1, 1),
+        (-(-num_rows * num_groups // block_groups), 1, 1),
         (
             kind,
             out.dtype,
@@ -188,7 +188,7 @@ def concat_heads(k: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor) ->
     block_heads = 1 << block_heads.bit_length() - 1
     strides = (k.stride(), k_nope.stride(), k_rope.stride())
     _launch_concat(
-        (num_tokens, triton.cdiv(num_heads, block_heads), 1),
+        (num_tokens, -(-num_heads // block_heads), 1),
         (k.dtype, dims, block_heads, integer_classes((*sum(strides, ()), num_heads)), alignment(k, k_nope, k_rope)),
         (
             *(Groups(x, *stride[:2]) for x, stride in zip((k, k_nope, k_rope), strides, strict=True)),

@@ -1,5 +1,5 @@
 """Triton implementation of the rotation."""
 
-from flashinfer.ops.rope.triton.launch import rotate
+from flashinfer.ops.rope.triton.launch import bind
 
-__all__ = ["rotate"]
+__all__ = ["bind"]

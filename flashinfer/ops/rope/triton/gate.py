@@ -10,7 +10,7 @@ import torch
 
 from flashinfer.core.arch import Arch
 from flashinfer.ops.rope.spec import RopeSpec
-from flashinfer.ops.rope.triton.kernel import AngleView, Factors, Part, Table, Target, View, rope_kernel
+from flashinfer.ops.rope.triton.kernel import AllStrides, AngleView, Data, Factors, Strides, Table, rope_kernel
 from flashinfer.ops.rope.triton.launch import NUM_WARPS, configure
 from flashinfer.testing.gate import ALL_ARCHS, GateCase
 
@@ -61,14 +61,13 @@ PROBLEMS = (
 def _types(problem: Problem) -> dict[str, Any]:
     spec = problem.spec
     source, target = TYPES[spec.dtype], TYPES.get(spec.out_dtype, "u8")
-    part = Part(View(f"*{source}", "i64", "i64"), Target(f"*{target}", "i64", "i64", "i64"))
+    strides = Strides(*["i64"] * 5)
+    present = (True, True, bool(spec.q_rest), bool(spec.k_rest), bool(spec.v_dim))
+    pointers = [x if here else "constexpr" for here in present for x in (f"*{source}", f"*{target}")]
     weight = "*bf16" if spec.normed else "constexpr"
     return {
-        "q": part,
-        "q_rest": part if spec.q_rest else "constexpr",
-        "k": part,
-        "k_rest": part if spec.k_rest else "constexpr",
-        "v": part if spec.v_dim else "constexpr",
+        "data": Data(*pointers),
+        "strides": AllStrides(*(strides if here else "constexpr" for here in present)),
         "angle": AngleView(
             "*fp32" if spec.tabulated else "*i64", "i32", "*i64", "*i64" if spec.ragged else "constexpr", "i32"
         ),

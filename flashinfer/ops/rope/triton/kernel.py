@@ -41,28 +41,42 @@ class RopeConfig:
     block_v: int
 
 
-class View(NamedTuple):
-    """Heads `[nnz, num_heads, dim]`, strides in elements."""
+class Data(NamedTuple):
+    """What is read and where it goes: rotated and other components of q and k, and v; None where there are none."""
 
-    data: torch.Tensor
-    stride_token: int
-    stride_head: int
-
-
-class Target(NamedTuple):
-    """Where heads go, `[pages, page_size, num_heads, dim]`; without pages, all tokens are slots of page 0."""
-
-    data: torch.Tensor
-    stride_page: int
-    stride_slot: int
-    stride_head: int
+    q: torch.Tensor
+    q_out: torch.Tensor
+    k: torch.Tensor
+    k_out: torch.Tensor
+    q_rest: torch.Tensor | None
+    q_rest_out: torch.Tensor | None
+    k_rest: torch.Tensor | None
+    k_rest_out: torch.Tensor | None
+    v: torch.Tensor | None
+    v_out: torch.Tensor | None
 
 
-class Part(NamedTuple):
-    """Components that are moved together."""
+class Strides(NamedTuple):
+    """In elements: of `[nnz, num_heads, dim]` read, and of `[pages, page_size, num_heads, dim]` written.
 
-    source: View
-    target: Target
+    Without pages, all tokens are slots of page 0.
+    """
+
+    token: int
+    head: int
+    out_page: int
+    out_slot: int
+    out_head: int
+
+
+class AllStrides(NamedTuple):
+    """Of each part of `Data`; None where there is none."""
+
+    q: Strides
+    k: Strides
+    q_rest: Strides | None
+    k_rest: Strides | None
+    v: Strides | None
 
 
 class AngleView(NamedTuple):
@@ -140,17 +154,17 @@ def cos_sin(angle, offs_token, mask_token, cfg: tl.constexpr):
 
 
 @triton.jit
-def source_rows(view, offs_token, offs_head):
-    """Pointers `[tokens, heads, 1]` to the first component."""
-    offset = offs_token[:, None] * view[1] + offs_head.to(tl.int64)[None, :] * view[2]
-    return (view[0] + offset)[:, :, None]
+def source_rows(data, strides, places):
+    """Pointers `[tokens, heads, 1]` to the first component; places: (tokens, pages, slots, heads, mask)."""
+    offset = places[0][:, None] * strides.token + places[3].to(tl.int64)[None, :] * strides.head
+    return (data + offset)[:, :, None]
 
 
 @triton.jit
-def target_rows(target, page, slot, offs_head):
+def target_rows(data, strides, places):
     """Pointers `[tokens, heads, 1]` to the first component."""
-    offset = (page * target[1] + slot * target[2])[:, None] + offs_head.to(tl.int64)[None, :] * target[3]
-    return (target[0] + offset)[:, :, None]
+    token = places[1] * strides.out_page + places[2] * strides.out_slot
+    return (data + token[:, None] + places[3].to(tl.int64)[None, :] * strides.out_head)[:, :, None]
 
 
 @triton.jit
@@ -233,21 +247,10 @@ def normalise_pair(pair, weight, factor, cfg: tl.constexpr):
 
 
 @triton.jit
-def load_side(rope, rest, places, cfg: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr):
-    """(pair, rest) of the heads of one side, as they are stored; places: (tokens, pages, slots, heads, mask)."""
-    pair = load_pair(source_rows(rope[0], places[0], places[3]), places[4], cfg)
-    kept = pair[0]
-    if REST > 0:
-        kept = load_rest(source_rows(rest[0], places[0], places[3]), places[4], REST, BLOCK)
-    return pair, kept
-
-
-@triton.jit
-def finish_side(
-    loaded, rope, rest, places, turn, norm, scale, cfg: tl.constexpr, REST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Normalise, rotate and store what was loaded. norm: (weights or None, eps)."""
+def finish_side(loaded, out, rest_out, strides, places, turn, norm, scale, cfg: tl.constexpr, REST: tl.constexpr):
+    """Normalise, rotate and store what was loaded. strides: of both parts; norm: (weights or None, eps)."""
     pair, kept = loaded
+    BLOCK: tl.constexpr = kept.shape[2]
     if REST > 0:
         kept = kept.to(tl.float32)
     if norm[0] is not None:
@@ -257,16 +260,16 @@ def finish_side(
             offs = tl.arange(0, BLOCK)
             w = tl.load(norm[0] + cfg.rotary_dim + offs, mask=offs < REST, other=0.0).to(tl.float32)
             kept = kept * factor * w[None, None, :]
-    rows = target_rows(rope[1], places[1], places[2], places[3])
+    rows = target_rows(out, strides[0], places)
     store_pair(rows, places[4], rotate_pair(pair, turn), scale, cfg)
     if REST > 0:
-        rows = target_rows(rest[1], places[1], places[2], places[3])
+        rows = target_rows(rest_out, strides[1], places)
         store_rest(rows, places[4], kept, scale, cfg, REST, BLOCK)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def rope_kernel(q, q_rest, k, k_rest, v, angle, table, factors, num_tokens, cfg: tl.constexpr):
-    """Grid: (token blocks, head blocks). q, k, rests, v: Part (rests, v, table may be None); offsets are 64-bit.
+def rope_kernel(data, strides, angle, table, factors, num_tokens, cfg: tl.constexpr):
+    """Grid: (token blocks, head blocks). data: Data, strides: AllStrides; table may be None; offsets are 64-bit.
 
     The angles of a token are made once for a block of its heads. Everything is loaded before anything is stored: no
     load can be moved over a store that might hit it.
@@ -277,7 +280,11 @@ def rope_kernel(q, q_rest, k, k_rest, v, angle, table, factors, num_tokens, cfg:
     offs_q = tl.program_id(1) * cfg.block_q + tl.arange(0, cfg.block_q)
     mask_q = (mask_token[:, None] & (offs_q < cfg.num_qo_heads)[None, :])[:, :, None]
     places_q = (offs_token, page, offs_token, offs_q, mask_q)
-    loaded_q = load_side(q, q_rest, places_q, cfg, cfg.q_rest, cfg.block_q_rest)
+    pair_q = load_pair(source_rows(data.q, strides.q, places_q), mask_q, cfg)
+    kept_q = pair_q[0]
+    if cfg.q_rest > 0:
+        rows = source_rows(data.q_rest, strides.q_rest, places_q)
+        kept_q = load_rest(rows, mask_q, cfg.q_rest, cfg.block_q_rest)
     slot = offs_token
     mask_kept = mask_token
     if table is not None:
@@ -290,14 +297,24 @@ def rope_kernel(q, q_rest, k, k_rest, v, angle, table, factors, num_tokens, cfg:
     offs_k = tl.program_id(1) * cfg.block_k + tl.arange(0, cfg.block_k)
     mask_k = (mask_kept[:, None] & (offs_k < cfg.num_kv_heads)[None, :])[:, :, None]
     places_k = (offs_token, page, slot, offs_k, mask_k)
-    loaded_k = load_side(k, k_rest, places_k, cfg, cfg.k_rest, cfg.block_k_rest)
-    if v is not None:
-        loaded_v = load_rest(source_rows(v[0], offs_token, offs_k), mask_k, cfg.v_dim, cfg.block_v)
+    pair_k = load_pair(source_rows(data.k, strides.k, places_k), mask_k, cfg)
+    kept_k = pair_k[0]
+    if cfg.k_rest > 0:
+        rows = source_rows(data.k_rest, strides.k_rest, places_k)
+        kept_k = load_rest(rows, mask_k, cfg.k_rest, cfg.block_k_rest)
+    if cfg.v_dim > 0:
+        v = load_rest(source_rows(data.v, strides.v, places_k), mask_k, cfg.v_dim, cfg.block_v)
     turn = cos_sin(angle, offs_token, mask_token, cfg)
-    norm_q = (factors.q_weight, factors.eps)
-    finish_side(loaded_q, q, q_rest, places_q, turn, norm_q, factors.q_scale, cfg, cfg.q_rest, cfg.block_q_rest)
-    norm_k = (factors.k_weight, factors.eps)
-    finish_side(loaded_k, k, k_rest, places_k, turn, norm_k, factors.kv_scale, cfg, cfg.k_rest, cfg.block_k_rest)
-    if v is not None:
-        rows = target_rows(v[1], page, slot, offs_k)
-        store_rest(rows, mask_k, loaded_v.to(tl.float32), factors.kv_scale, cfg, cfg.v_dim, cfg.block_v)
+    norm = (factors.q_weight, factors.eps)
+    both = (strides.q, strides.q_rest)
+    finish_side(
+        (pair_q, kept_q), data.q_out, data.q_rest_out, both, places_q, turn, norm, factors.q_scale, cfg, cfg.q_rest
+    )
+    norm = (factors.k_weight, factors.eps)
+    both = (strides.k, strides.k_rest)
+    finish_side(
+        (pair_k, kept_k), data.k_out, data.k_rest_out, both, places_k, turn, norm, factors.kv_scale, cfg, cfg.k_rest
+    )
+    if cfg.v_dim > 0:
+        rows = target_rows(data.v_out, strides.v, places_k)
+        store_rest(rows, mask_k, v.to(tl.float32), factors.kv_scale, cfg, cfg.v_dim, cfg.block_v)

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
 
-from flashinfer.core.arch import Arch, arch_of
-from flashinfer.core.check import FP8_MANTISSA_BITS
+from flashinfer.core.arch import Arch
+from flashinfer.core.check import FP8_DTYPES, FP8_MANTISSA_BITS
 from flashinfer.core.launch import Prebound, alignment, integer_classes
-from flashinfer.ops.rope.spec import Move, RopeSpec, Rotation
-from flashinfer.ops.rope.triton.kernel import AngleView, Factors, Part, RopeConfig, Table, Target, View, rope_kernel
+from flashinfer.ops.rope.spec import RopeSpec, Rotation
+from flashinfer.ops.rope.triton.kernel import (
+    AllStrides,
+    AngleView,
+    Data,
+    Factors,
+    RopeConfig,
+    Strides,
+    Table,
+    rope_kernel,
+)
 
 # A program of 128 threads moves about this many elements of q: 32 a thread, four 16-byte vectors in half precision.
 TILE = 4096
@@ -31,11 +43,11 @@ def configure(spec: RopeSpec, arch: Arch, search_steps: int) -> tuple[RopeConfig
     block_half = block(spec.rotary_dim // 2)
     width = 2 * block_half + block(spec.q_rest)
     most = max(1, TILE // width)
-    head_blocks = max(1, triton.cdiv(spec.num_qo_heads, most))
-    block_q = block(max(1, triton.cdiv(spec.num_qo_heads, head_blocks)))
-    head_blocks = max(1, triton.cdiv(spec.num_qo_heads, block_q))
-    block_k = block(max(1, triton.cdiv(spec.num_kv_heads, head_blocks)))
-    head_blocks = max(head_blocks, triton.cdiv(spec.num_kv_heads, block_k))
+    head_blocks = max(1, -(-spec.num_qo_heads // most))
+    block_q = block(max(1, -(-spec.num_qo_heads // head_blocks)))
+    head_blocks = max(1, -(-spec.num_qo_heads // block_q))
+    block_k = block(max(1, -(-spec.num_kv_heads // head_blocks)))
+    head_blocks = max(head_blocks, -(-spec.num_kv_heads // block_k))
     cfg = RopeConfig(
         spec.num_qo_heads,
         spec.num_kv_heads,
@@ -59,54 +71,71 @@ def configure(spec: RopeSpec, arch: Arch, search_steps: int) -> tuple[RopeConfig
     return cfg, head_blocks
 
 
-def _part(move: Move | None, paged: bool) -> Part | None:
-    if move is None:
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What a launch takes of strides and sizes. Compared by identity, so that it makes a key at no cost."""
+
+    cfg: RopeConfig
+    head_blocks: int
+    strides: AllStrides
+    classes: Hashable
+
+
+def _strides(pair: tuple[tuple[int, ...], tuple[int, ...]] | None) -> Strides | None:
+    """From the strides of source and target."""
+    if pair is None:
         return None
-    source, target = move
-    if target.element_size() == 1:
-        target = target.view(torch.uint8)
-    strides = target.stride() if paged else (0, *target.stride())
-    return Part(View(source, *source.stride()[:2]), Target(target, *strides[:3]))
+    source, target = pair
+    written = target[:3] if len(target) == 4 else (0, *target[:2])
+    return Strides(source[0], source[1], *written)
 
 
-def rotate(spec: RopeSpec, rotation: Rotation) -> None:
-    """Rotate q and k, copy what is not rotated, write every target: one launch, no host sync."""
-    q, k, angle, v, table, weights = rotation
-    source = q.rope.source
-    batch_size = 0 if angle.offsets is None else angle.offsets.shape[0]
-    # Even an empty batch takes a step, so that its one compiled form does not read positions.
-    steps = 0 if angle.offsets is None else max(1, batch_size.bit_length())
-    cfg, head_blocks = configure(spec, arch_of(source.device), steps)
-    parts = (
-        _part(q.rope, False),
-        _part(q.rest, False),
-        _part(k.rope, spec.paged),
-        _part(k.rest, spec.paged),
-        _part(v, spec.paged),
-    )
-    pages = None if table is None else Table(*table, k.rope.target.shape[1])
-    q_weight, k_weight, eps = (None, None, 0.0) if weights is None else weights
-    stride = angle.table.stride(0)
-    strides: tuple[int, ...] = (stride, batch_size, 0 if pages is None else pages.page_size)
-    tensors = [angle.table, angle.positions, angle.offsets, q_weight, k_weight, *(table or ())]
-    for part in parts:
-        if part is not None:
-            (read, *from_strides), (written, *to_strides) = part
-            strides += (*from_strides, *to_strides)
-            tensors += (read, written)
-    dtypes = tuple([x.dtype for x in tensors if x is not None])
-    num_tokens = source.shape[0]
-    _launch(
-        (triton.cdiv(num_tokens, cfg.block_tokens), head_blocks, 1),
-        (spec, steps, integer_classes(strides), dtypes, alignment(*tensors)),
-        (
-            *parts,
-            AngleView(angle.table, stride, angle.positions, angle.offsets, batch_size),
-            pages,
-            Factors(q.scale, k.scale, q_weight, k_weight, eps),
-            num_tokens,
-            cfg,
-        ),
-        source.device,
-        num_warps=NUM_WARPS,
-    )
+def bind(spec: RopeSpec, arch: Arch) -> Callable[[Rotation], None]:
+    """The call for one kind of rotation: one launch, no host sync."""
+
+    @lru_cache(maxsize=4096)
+    def layout(steps: int, table_stride: int, page_size: int, *pairs: Any) -> Layout:
+        cfg, head_blocks = configure(spec, arch, steps)
+        parts = AllStrides(*(_strides(pair) for pair in pairs))
+        flat = [n for part in parts if part is not None for n in part]
+        return Layout(cfg, head_blocks, parts, integer_classes((table_stride, page_size, *flat)))
+
+    def run(rotation: Rotation) -> None:
+        q, k, angle, v, table, weights = rotation
+        steps = batch_size = 0
+        if angle.offsets is not None:
+            batch_size = angle.offsets.shape[0]
+            # Even an empty batch takes a step, so that its one compiled form does not read positions.
+            steps = max(1, batch_size.bit_length())
+        moves = (q.rope, k.rope, q.rest, k.rest, v)
+        stride, page_size = angle.table.stride(0), 0 if table is None else k.rope.target.shape[1]
+        pairs = [None if move is None else (move.source.stride(), move.target.stride()) for move in moves]
+        found = layout(steps, stride, page_size, *pairs)
+        tensors = [x for move in moves for x in (move or (None, None))]
+        data = Data(*(tensors if spec.out_dtype not in FP8_DTYPES else map(_bytes, tensors)))
+        q_weight, k_weight, eps = (None, None, 0.0) if weights is None else weights
+        indices = () if table is None else table
+        aligned = alignment(*data, *angle, q_weight, k_weight, *indices)
+        num_tokens = q.rope.source.shape[0]
+        _launch(
+            (-(-num_tokens // found.cfg.block_tokens), found.head_blocks, 1),
+            (found, angle.positions.dtype, batch_size % 16 == 0, batch_size == 1, aligned),
+            (
+                data,
+                found.strides,
+                AngleView(angle.table, stride, angle.positions, angle.offsets, batch_size),
+                None if table is None else Table(*table, page_size),
+                Factors(q.scale, k.scale, q_weight, k_weight, eps),
+                num_tokens,
+                found.cfg,
+            ),
+            data.q.device,
+            num_warps=NUM_WARPS,
+        )
+
+    return run
+
+
+def _bytes(x: torch.Tensor | None) -> torch.Tensor | None:
+    """fp8 seen as uint8."""
+    return x.view(torch.uint8) if x is not None and x.dtype in FP8_DTYPES else x
