@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from types import ModuleType
+from typing import Any
 
 import torch
 
 from flashinfer.core import check, library
-from flashinfer.core.arch import Arch, arch_of
+from flashinfer.core.arch import arch_of
 from flashinfer.core.select import Impl, select
 from flashinfer.ops.page.spec import Append, AppendSpec, PageTable, Scale
 from flashinfer.ops.page.support import torch_supports, triton_supports
@@ -20,8 +20,14 @@ IMPLS = (
 
 
 @cache
-def _implementation(spec: AppendSpec | None, arch: Arch, backend: str) -> ModuleType:
-    return select(IMPLS, spec, arch, backend).load()
+def _implementation(spec: AppendSpec | None, device: torch.device, backend: str) -> Any:
+    """The chosen implementation's call for one kind of append, or for None its module with the index functions.
+
+    Kept, because choosing takes longer than launching.
+    """
+    arch = arch_of(device)
+    module = select(IMPLS, spec, arch, backend).load()
+    return module if spec is None else module.bind(spec, arch)
 
 
 def append(tensors: Append, backend: str = "auto") -> None:
@@ -31,7 +37,7 @@ def append(tensors: Append, backend: str = "auto") -> None:
     if tensors.key.shape[0] == 0 or pages.shape[0] == 0:
         return
     spec = tensors.spec
-    _implementation(spec, arch_of(tensors.key.device), backend).append(spec, tensors)
+    _implementation(spec, tensors.key.device, backend)(tensors)
 
 
 @library.register(
@@ -95,7 +101,7 @@ def batch_indices_positions(
     check.index_range("append_indptr", append_indptr, 0, batch_indices.numel() + 1)
     if batch_indices.shape[0] == 0:
         return
-    implementation = _implementation(None, arch_of(batch_indices.device), "auto")
+    implementation = _implementation(None, batch_indices.device, "auto")
     implementation.batch_indices_positions(batch_indices, positions, append_indptr, seq_lens)
 
 
@@ -105,7 +111,7 @@ def seq_lens(out: torch.Tensor, kv_indptr: torch.Tensor, kv_last_page_len: torch
     check.indptr("kv_indptr", kv_indptr)
     if out.shape[0] == 0:
         return
-    _implementation(None, arch_of(out.device), "auto").seq_lens(out, kv_indptr, kv_last_page_len, page_size)
+    _implementation(None, out.device, "auto").seq_lens(out, kv_indptr, kv_last_page_len, page_size)
 
 
 __all__ = [

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
+from flashinfer.core.arch import Arch
 from flashinfer.ops.page.spec import Append, AppendSpec, PageTable, Scale, as_bytes
 
 
@@ -59,6 +63,11 @@ def _places(where: PageTable | torch.Tensor, page_size: int) -> tuple[torch.Tens
     position = where.positions[row]
     entry = torch.where(kept, where.kv_indptr[index] + position // page_size, 0)
     return row, kept, where.kv_indices[entry], position % page_size
+
+
+def bind(spec: AppendSpec, arch: Arch) -> Callable[[Append], None]:
+    """The call for one kind of append."""
+    return partial(append, spec)
 
 
 def append(spec: AppendSpec, tensors: Append) -> None:

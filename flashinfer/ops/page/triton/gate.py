@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
 from flashinfer.core.arch import Arch
 from flashinfer.ops.page.spec import AppendSpec
 from flashinfer.ops.page.triton.kernel import (
+    Data,
     Divisor,
-    Pages,
-    Rows,
+    PageStrides,
+    RowStrides,
     Table,
     append_kernel,
     batch_indices_kernel,
@@ -41,15 +43,22 @@ SPECS = {
 def _append(name: str, spec: AppendSpec, archs: tuple[str, ...]) -> GateCase:
     cfg, _ = configure(spec, Arch("sm90" if archs is NATIVE_ARCHS else "sm80", 132, 0))
     row, cache = TYPES[spec.row_dtype], TYPES.get(spec.cache_dtype, "u8")
-    rows, pages = Rows(f"*{row}", "i32", "i32"), Pages(f"*{cache}", "i64", "i32", "i32")
+    data = Data(*[f"*{row}"] * 2, *[f"*{cache}"] * 2)
+    strides = (*[RowStrides("i32", "i32")] * 2, *[PageStrides("i64", "i32", "i32")] * 2)
     table = Table("*i64", *["constexpr"] * 3) if spec.slots else Table(*["*i32"] * 4)
     divisor = Divisor("fp32", "*fp32" if spec.scaled else "constexpr", "i32")
-    arguments = {"key": rows, "value": rows, "k_cache": pages, "v_cache": pages, "table": table}
+    arguments: dict[str, Any] = {"data": data, "strides": strides, "table": table}
     arguments |= {"k_divisor": divisor, "v_divisor": divisor}
     scalars = dict.fromkeys(("num_tokens", "num_heads", "page_size"), "i32")
-    paths = {(i, j): kind for i, fields in enumerate(arguments.values()) for j, kind in enumerate(fields)}
-    absent = {path: None for path, kind in paths.items() if kind == "constexpr"}
-    aligned = {path: [["tt.divisibility", 16]] for path in paths if path not in absent and path[0] < 5}
+    absent = {
+        (i, j): None
+        for i, fields in enumerate(arguments.values())
+        for j, kind in enumerate(fields)
+        if kind == "constexpr"
+    }
+    paths = [(0, j) for j in range(4)] + [(1, i, j) for i, part in enumerate(strides) for j in range(len(part))]
+    paths += [(2, j) for j in range(4) if (2, j) not in absent]
+    aligned = {path: [["tt.divisibility", 16]] for path in paths}
     return GateCase(
         name=f"append.{name}",
         kernel=append_kernel,

@@ -13,21 +13,28 @@ from flashinfer.device.fp8 import to_fp8, to_int8
 from flashinfer.device.search import upper_bound
 
 
-class Rows(NamedTuple):
-    """New keys or values `[nnz, num_kv_heads, head_dim]`, strides in elements."""
+class Data(NamedTuple):
+    """New keys and values, and the caches they go to."""
 
-    data: torch.Tensor
-    stride_token: int
-    stride_head: int
+    key: torch.Tensor
+    value: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
 
 
-class Pages(NamedTuple):
-    """A cache `[pages, page_size, num_kv_heads, head_dim]`, strides in elements."""
+class RowStrides(NamedTuple):
+    """Of new keys or values `[nnz, num_kv_heads, head_dim]`, in elements."""
 
-    data: torch.Tensor
-    stride_page: int
-    stride_slot: int
-    stride_head: int
+    token: int
+    head: int
+
+
+class PageStrides(NamedTuple):
+    """Of a cache `[pages, page_size, num_kv_heads, head_dim]`, in elements."""
+
+    page: int
+    slot: int
+    head: int
 
 
 class Table(NamedTuple):
@@ -61,15 +68,15 @@ class AppendConfig:
 
 
 @triton.jit
-def load_rows(rows, offs_token, mask_token, offs_col, num_heads, HEAD_DIM: tl.constexpr):
+def load_rows(data, strides, offs_token, mask_token, offs_col, num_heads, HEAD_DIM: tl.constexpr):
     """Columns `offs_col` of tokens `offs_token`, as they are stored, and the mask of what there is of them."""
-    offset = (offs_col // HEAD_DIM).to(tl.int64) * rows[2] + offs_col % HEAD_DIM
+    offset = (offs_col // HEAD_DIM).to(tl.int64) * strides.head + offs_col % HEAD_DIM
     mask = mask_token[:, None] & (offs_col < num_heads * HEAD_DIM)[None, :]
-    return tl.load(rows[0] + offs_token[:, None] * rows[1] + offset[None, :], mask=mask, other=0), mask
+    return tl.load(data + offs_token[:, None] * strides.token + offset[None, :], mask=mask, other=0), mask
 
 
 @triton.jit
-def store_rows(loaded, pages, divisor, places, offs_col, num_heads, cfg: tl.constexpr, HEAD_DIM: tl.constexpr):
+def store_rows(loaded, data, strides, divisor, places, offs_col, num_heads, cfg: tl.constexpr, HEAD_DIM: tl.constexpr):
     """Write loaded columns to their pages, divided and converted as the cache wants it; places: (page, slot, mask)."""
     x, mask = loaded
     page, slot, mask_token = places
@@ -85,16 +92,14 @@ def store_rows(loaded, pages, divisor, places, offs_col, num_heads, cfg: tl.cons
         x = to_fp8(x.to(tl.float32), cfg.mantissa_bits, cfg.native_fp8)
     elif cfg.code == "int8":
         x = to_int8(x.to(tl.float32))
-    offset = head.to(tl.int64) * pages[3] + offs_col % HEAD_DIM
-    target = pages[0] + (page * pages[1] + slot * pages[2])[:, None] + offset[None, :]
-    tl.store(target, x.to(pages[0].dtype.element_ty), mask=mask & mask_token[:, None])
+    offset = head.to(tl.int64) * strides.head + offs_col % HEAD_DIM
+    target = data + (page * strides.page + slot * strides.slot)[:, None] + offset[None, :]
+    tl.store(target, x.to(data.dtype.element_ty), mask=mask & mask_token[:, None])
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def append_kernel(
-    key, value, k_cache, v_cache, table, k_divisor, v_divisor, num_tokens, num_heads, page_size, cfg: tl.constexpr
-):
-    """Grid: (token blocks, column blocks). key, value: Rows; k_cache, v_cache: Pages; table: Table; Divisors.
+def append_kernel(data, strides, table, k_divisor, v_divisor, num_tokens, num_heads, page_size, cfg: tl.constexpr):
+    """Grid: (token blocks, column blocks). data: Data, strides: one for each of it; table: Table; Divisors.
 
     Offsets are 64-bit: page times stride, and token times stride, pass 2^31 elements. Everything is loaded before
     anything is stored: no load can be moved over a store that might hit it.
@@ -102,8 +107,8 @@ def append_kernel(
     offs_token = tl.program_id(0).to(tl.int64) * cfg.block_tokens + tl.arange(0, cfg.block_tokens)
     offs_col = tl.program_id(1) * cfg.block_cols + tl.arange(0, cfg.block_cols)
     mask = offs_token < num_tokens
-    loaded_k = load_rows(key, offs_token, mask, offs_col, num_heads, cfg.head_dims[0])
-    loaded_v = load_rows(value, offs_token, mask, offs_col, num_heads, cfg.head_dims[1])
+    loaded_k = load_rows(data.key, strides[0], offs_token, mask, offs_col, num_heads, cfg.head_dims[0])
+    loaded_v = load_rows(data.value, strides[1], offs_token, mask, offs_col, num_heads, cfg.head_dims[1])
     index = tl.load(table[0] + offs_token, mask=mask, other=-1)
     mask = mask & (index >= 0)
     if table[1] is None:
@@ -115,8 +120,8 @@ def append_kernel(
         page = tl.load(table[2] + entry, mask=mask, other=0).to(tl.int64)
         slot = (position % page_size).to(tl.int64)
     places = (page, slot, mask)
-    store_rows(loaded_k, k_cache, k_divisor, places, offs_col, num_heads, cfg, cfg.head_dims[0])
-    store_rows(loaded_v, v_cache, v_divisor, places, offs_col, num_heads, cfg, cfg.head_dims[1])
+    store_rows(loaded_k, data.k_cache, strides[2], k_divisor, places, offs_col, num_heads, cfg, cfg.head_dims[0])
+    store_rows(loaded_v, data.v_cache, strides[3], v_divisor, places, offs_col, num_heads, cfg, cfg.head_dims[1])
 
 
 @triton.jit(do_not_specialize=["num_tokens", "batch_size"])

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 import triton
 
-from flashinfer.core.arch import Arch, arch_of
+from flashinfer.core.arch import Arch
 from flashinfer.core.check import FP8_MANTISSA_BITS
 from flashinfer.core.launch import Prebound, alignment, integer_classes
 from flashinfer.ops.page.spec import Append, AppendSpec, PageTable, Scale, as_bytes
 from flashinfer.ops.page.triton.kernel import (
     AppendConfig,
+    Data,
     Divisor,
-    Pages,
-    Rows,
+    PageStrides,
+    RowStrides,
     Table,
     append_kernel,
     batch_indices_kernel,
@@ -27,6 +30,7 @@ TILE = 2048
 MAX_COLS = 1024
 INDEX_BLOCK = 256
 NUM_WARPS = 4
+Strides = tuple[int, ...]
 _launch_append = Prebound(append_kernel)
 _launch_batch_indices = Prebound(batch_indices_kernel)
 _launch_seq_lens = Prebound(seq_lens_kernel)
@@ -49,35 +53,54 @@ def _divisor(scale: Scale) -> Divisor:
     return Divisor(scale.value, scale.tensor, int(scale.tensor is not None and scale.tensor.shape[0] > 1))
 
 
-def append(spec: AppendSpec, tensors: Append) -> None:
-    """Write each token's key and value into its place: one launch, no host sync."""
-    key, value, k_cache, v_cache = [as_bytes(x) for x in tensors[:4]]
-    where = tensors.where
-    table = Table(*where) if isinstance(where, PageTable) else Table(where, None, None, None)
-    divisors = _divisor(tensors.k_scale), _divisor(tensors.v_scale)
-    cfg, col_blocks = configure(spec, arch_of(key.device))
-    key_strides, value_strides, k_strides, v_strides = key.stride(), value.stride(), k_cache.stride(), v_cache.stride()
-    moved = (key, value, k_cache, v_cache, *table, divisors[0].data, divisors[1].data)
-    per_head = (divisors[0].stride, divisors[1].stride)
-    classes = integer_classes((*key_strides, *value_strides, *k_strides, *v_strides, spec.num_kv_heads, spec.page_size))
-    _launch_append(
-        (-(-key.shape[0] // cfg.block_tokens), col_blocks, 1),
-        (spec, table.batch_indices.dtype, classes, per_head, alignment(*moved)),
-        (
-            Rows(key, key_strides[0], key_strides[1]),
-            Rows(value, value_strides[0], value_strides[1]),
-            Pages(k_cache, *k_strides[:3]),
-            Pages(v_cache, *v_strides[:3]),
-            table,
-            *divisors,
-            key.shape[0],
-            spec.num_kv_heads,
-            spec.page_size,
-            cfg,
-        ),
-        key.device,
-        num_warps=NUM_WARPS,
-    )
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """What a launch takes of strides. Compared by identity, so that it makes a key at no cost."""
+
+    cfg: AppendConfig
+    col_blocks: int
+    strides: tuple[RowStrides, RowStrides, PageStrides, PageStrides]
+    classes: Hashable
+
+
+def bind(spec: AppendSpec, arch: Arch) -> Callable[[Append], None]:
+    """The call for one kind of append: one launch, no host sync."""
+
+    @lru_cache(maxsize=4096)
+    def layout(key: Strides, value: Strides, k_cache: Strides, v_cache: Strides, scales: tuple[int, int]) -> Layout:
+        cfg, col_blocks = configure(spec, arch)
+        strides = (RowStrides(*key[:2]), RowStrides(*value[:2]), PageStrides(*k_cache[:3]), PageStrides(*v_cache[:3]))
+        flat = (*(n for part in strides for n in part), spec.num_kv_heads, spec.page_size, *scales)
+        return Layout(cfg, col_blocks, strides, integer_classes(flat))
+
+    def run(tensors: Append) -> None:
+        where, k_scale, v_scale = tensors[4:]
+        key, value, k_cache, v_cache = moved = [as_bytes(x) for x in tensors[:4]]
+        table = Table(*where) if isinstance(where, PageTable) else Table(where, None, None, None)
+        k_divisor, v_divisor = _divisor(k_scale), _divisor(v_scale)
+        scales = (k_divisor.stride, v_divisor.stride)
+        found = layout(key.stride(), value.stride(), k_cache.stride(), v_cache.stride(), scales)
+        num_tokens = table.batch_indices.shape[0]
+        aligned = alignment(*moved, *table, k_divisor.data, v_divisor.data)
+        _launch_append(
+            (-(-num_tokens // found.cfg.block_tokens), found.col_blocks, 1),
+            (found, table.batch_indices.dtype, k_divisor.data is None, aligned),
+            (
+                Data(*moved),
+                found.strides,
+                table,
+                k_divisor,
+                v_divisor,
+                num_tokens,
+                spec.num_kv_heads,
+                spec.page_size,
+                found.cfg,
+            ),
+            key.device,
+            num_warps=NUM_WARPS,
+        )
+
+    return run
 
 
 def batch_indices_positions(
