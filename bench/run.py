@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from bench.registry import COLD_ROWS, ROWS, Call, Peer, Row
+from bench.record import Call, Peer, Row
+from bench.registry import COLD_ROWS, ROWS
 
 SCHEMA = 1
 COLD_TIMEOUT_S = 120
@@ -167,9 +168,11 @@ def gate(row: Row, inputs: Any, out: torch.Tensor, generator: torch.Generator) -
 def check_call(row: Row, inputs: Any, call: Call, generator: torch.Generator) -> dict[str, Any]:
     """Plan, run twice, and judge: both outputs equal bit for bit, and right."""
     call.plan()
+    call.reset()
     call.run()
     first = call.out.clone()
     call.out.fill_(float("nan"))
+    call.reset()
     call.run()
     verdict = gate(row, inputs, call.out, generator)
     if verdict["ok"] and not torch.equal(first, call.out):

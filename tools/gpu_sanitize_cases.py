@@ -1,4 +1,4 @@
-"""Calls decode, prefill, append and merge once each, small, on the GPU: what compute-sanitizer watches.
+"""Calls decode, prefill, append, merge, norms and activations, small, on the GPU: what compute-sanitizer watches.
 
 Each result is compared with torch in fp64, so that a clean report cannot come from kernels that did nothing.
 Lengths are odd on purpose: last pages part full, tiles cut off, one request without KV. `python3 -m
@@ -111,6 +111,26 @@ def merge() -> None:
     compare("merge_states", flashinfer.merge_states(values, lse)[0], want)
 
 
+def norms() -> None:
+    """Few rows and many, odd widths, views; each row of blocks that are not whole."""
+    for rows, width in ((3, 577), (1001, 40)):
+        wide, residual, weight = normal(rows, width + 8), normal(rows, width), normal(width)
+        x = wide[:, :width]
+        want = torch.nn.functional.rms_norm(x.double(), (width,), weight.double(), 1e-6)
+        compare(f"rmsnorm {rows} x {width}", flashinfer.rmsnorm(x, weight), want)
+        total = x.double() + residual.double()
+        flashinfer.fused_add_rmsnorm(x, residual, weight)
+        compare(f"fused_add_rmsnorm {rows} x {width}", residual, total)
+
+
+def activations() -> None:
+    """Tiles cut off on both sides."""
+    for rows, width in ((3, 1000), (4001, 1032)):
+        x = normal(rows, 2 * width)
+        a, gate = x.double().chunk(2, -1)
+        compare(f"silu_and_mul {rows} x {width}", flashinfer.silu_and_mul(x), torch.nn.functional.silu(a) * gate)
+
+
 if __name__ == "__main__":
-    for case in (decode, prefill_paged, prefill_ragged, merge):
+    for case in (decode, prefill_paged, prefill_ragged, merge, norms, activations):
         case()  # comparing reads the result, so it waits for the device

@@ -8,7 +8,8 @@ The pattern, in `ops/<op>/__init__.py`:
 
 `rmsnorm` then is the registered op `torch.ops.flashinfer.rmsnorm.default`, called with the same positional arguments.
 An op returns nothing and writes to the arguments its schema marks `Tensor(a!)` (a letter each); what it writes to the
-facade allocates with `torch.empty`. So the kernel for fake tensors is the same for all ops: it does nothing.
+facade allocates with `torch.empty`. So the kernel for fake tensors is the same for all ops: it does nothing. There are
+no gradients: an implementation made of torch functions runs under `torch.no_grad()`.
 
 Under `torch.compile` the facade is traced up to the op, so it may use shapes, strides, dtypes and devices only: no
 `data_ptr`, no value of a tensor, no `functools.cache` around tensors, no `arch_of`. Everything else (the choice of an

@@ -70,6 +70,7 @@ def bind(spec: AppendSpec, arch: Arch) -> Callable[[Append], None]:
     return partial(append, spec)
 
 
+@torch.no_grad()
 def append(spec: AppendSpec, tensors: Append) -> None:
     """Write each token's key and value into its place."""
     row, kept, page, slot = _places(tensors.where, spec.page_size)

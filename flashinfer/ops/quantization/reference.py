@@ -45,12 +45,14 @@ def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.clamp(-limit, limit).to(dtype)
 
 
+@torch.no_grad()
 def quantize_groups(out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, eps: float, power_of_two: bool) -> None:
     """Groups of a row `[rows, groups, group_size]` by the largest magnitude of each, NaN left aside."""
     limit = 127.0 if out.dtype == torch.int8 else torch.finfo(out.dtype).max
     wide = x.float()
-    # Tensors, since a division by a number may become a product with its inverse.
-    scale = wide.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1).clamp(min=eps) / wide.new_tensor(limit)
+    # A tensor, since a division by a number may become a product with its inverse.
+    divisor = torch.full((), limit, dtype=torch.float32, device=x.device)
+    scale = wide.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1).clamp(min=eps) / divisor
     if power_of_two:
         mantissa, exponent = torch.frexp(scale)
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
@@ -58,16 +60,19 @@ def quantize_groups(out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, ep
     out.copy_(_rounded(wide / scale[..., None], out.dtype))
 
 
+@torch.no_grad()
 def quantize_by_scale(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
     """Everything over one scale, fp32 `[1]`."""
     out.copy_(_rounded(x.float() / scale, out.dtype))
 
 
+@torch.no_grad()
 def dequantize_groups(out: torch.Tensor, x: torch.Tensor, scales: torch.Tensor) -> None:
     """Groups `[rows, groups, group_size]` times their scales `[rows, groups]`."""
     out.copy_(x.float() * scales[..., None])
 
 
+@torch.no_grad()
 def dequantize_fp4(
     out: torch.Tensor, x: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor | None, kind: Fp4
 ) -> None:
@@ -90,6 +95,7 @@ def dequantize_fp4(
     out.copy_(values * factor.repeat_interleave(kind.group_size, dim=1))
 
 
+@torch.no_grad()
 def concat_heads(k: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor) -> None:
     """`k[..., :nope] = k_nope` and `k[..., nope:] = k_rope` for every head."""
     nope = k_nope.shape[2]

@@ -114,6 +114,7 @@ def bind(spec: RopeSpec, arch: Arch) -> Callable[[Rotation], None]:
     return partial(rotate, spec)
 
 
+@torch.no_grad()
 def rotate(spec: RopeSpec, rotation: Rotation) -> None:
     """Rotate q and k, copy what is not rotated, write every target."""
     turn = cos_sin(rotation.angle, rotation.q.rope.source.shape[0])
