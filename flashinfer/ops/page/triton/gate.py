@@ -79,8 +79,8 @@ def cases() -> Iterator[GateCase]:
             yield _append(name, spec, OTHER_ARCHS)
             yield _append(f"{name}.native", spec, NATIVE_ARCHS)
     pointers = dict.fromkeys(("batch_indices", "positions", "append_indptr", "seq_lens"), "*i32")
-    signature = {**pointers, "num_tokens": "i32", "batch_size": "i32", "STEPS": "constexpr", "BLOCK": "constexpr"}
-    constexprs = {"STEPS": 8, "BLOCK": INDEX_BLOCK}
+    signature = {**pointers, "num_tokens": "i32", "batch_size": "i32", "steps": "i32", "BLOCK": "constexpr"}
+    constexprs = {"BLOCK": INDEX_BLOCK}
     yield GateCase("batch_indices", batch_indices_kernel, signature, constexprs, options={"num_warps": NUM_WARPS})
     pointers = dict.fromkeys(("out", "kv_indptr", "kv_last_page_len"), "*i32")
     signature = {**pointers, "batch_size": "i32", "page_size": "i32", "BLOCK": "constexpr"}

@@ -124,14 +124,14 @@ def append_kernel(data, strides, table, k_divisor, v_divisor, num_tokens, num_he
     store_rows(loaded_v, data.v_cache, strides[3], v_divisor, places, offs_col, num_heads, cfg, cfg.head_dims[1])
 
 
-@triton.jit(do_not_specialize=["num_tokens", "batch_size"])
+@triton.jit(do_not_specialize=["num_tokens", "batch_size", "steps"])
 def batch_indices_kernel(
-    batch_indices, positions, append_indptr, seq_lens, num_tokens, batch_size, STEPS: tl.constexpr, BLOCK: tl.constexpr
+    batch_indices, positions, append_indptr, seq_lens, num_tokens, batch_size, steps, BLOCK: tl.constexpr
 ):
     """The request and the position of each row, int32 `[num_tokens]`; (-1, 0) for rows past `append_indptr[-1]`."""
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = token < num_tokens
-    request = upper_bound(append_indptr + 1, batch_size, token, mask, STEPS)
+    request = upper_bound(append_indptr + 1, batch_size, token, mask, steps)
     inside = mask & (request < batch_size)
     begin = tl.load(seq_lens + request, mask=inside, other=0) - tl.load(
         append_indptr + request + 1, mask=inside, other=0

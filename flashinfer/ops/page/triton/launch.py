@@ -112,7 +112,7 @@ def batch_indices_positions(
     tensors = (batch_indices, positions, append_indptr, seq_lens)
     _launch_batch_indices(
         (-(-num_tokens // INDEX_BLOCK), 1, 1),
-        (steps, alignment(*tensors)),
+        alignment(*tensors),
         (*tensors, num_tokens, batch_size, steps, INDEX_BLOCK),
         batch_indices.device,
         num_warps=NUM_WARPS,

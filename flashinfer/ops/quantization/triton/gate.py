@@ -80,8 +80,8 @@ def cases() -> Iterator[GateCase]:
     constexprs: dict[str, Any] = {"LITTLE": False, "BLOCK": BLOCK_BYTES}
     yield _case("packbits", kernels.packbits_kernel, arguments, constexprs, NUM_WARPS, ALL_ARCHS)
     arguments = {"x": "*u8", "indptr": "*i32", "byte_indptr": "*i32", "out": "*u8"}
-    arguments |= {"num_bytes": "i32", "num_segments": "i32"}
-    constexprs = {"STEPS": 8, "LITTLE": True, "BLOCK": BLOCK_BYTES}
+    arguments |= {"num_bytes": "i32", "num_segments": "i32", "steps": "i32"}
+    constexprs = {"LITTLE": True, "BLOCK": BLOCK_BYTES}
     yield _case("segment_packbits", kernels.segment_packbits_kernel, arguments, constexprs, NUM_WARPS, ALL_ARCHS)
     heads = Groups("*bf16", "i64", "i64")
     arguments = {"k": heads, "k_nope": heads, "k_rope": heads, "num_tokens": "i32", "num_heads": "i32"}

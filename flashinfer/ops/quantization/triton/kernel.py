@@ -47,14 +47,14 @@ def packbits_kernel(x, out, num_bits, LITTLE: tl.constexpr, BLOCK: tl.constexpr)
     tl.store(out + byte, bytes_of(bits.to(tl.int32), LITTLE), mask=byte * 8 < num_bits)
 
 
-@triton.jit(do_not_specialize=["num_bytes", "num_segments"])
+@triton.jit(do_not_specialize=["num_bytes", "num_segments", "steps"])
 def segment_packbits_kernel(
-    x, indptr, byte_indptr, out, num_bytes, num_segments, STEPS: tl.constexpr, LITTLE: tl.constexpr, BLOCK: tl.constexpr
+    x, indptr, byte_indptr, out, num_bytes, num_segments, steps, LITTLE: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Bytes of segments, each starting on a byte; 0 past the last."""
     byte = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = byte < num_bytes
-    segment = upper_bound(byte_indptr + 1, num_segments, byte, mask, STEPS)
+    segment = upper_bound(byte_indptr + 1, num_segments, byte, mask, steps)
     inside = mask & (segment < num_segments)
     begin = tl.load(indptr + segment, mask=inside, other=0).to(tl.int64)
     end = tl.load(indptr + segment + 1, mask=inside, other=0)

@@ -68,7 +68,7 @@ def segment_packbits(
     steps = num_segments.bit_length()
     _launch_segments(
         (-(-out.shape[0] // BLOCK_BYTES), 1, 1),
-        (x.dtype, indptr.dtype, little, steps, out.shape[0] >= 2**31, alignment(x, indptr, byte_indptr, out)),
+        (x.dtype, indptr.dtype, little, out.shape[0] >= 2**31, alignment(x, indptr, byte_indptr, out)),
         (x, indptr, byte_indptr, out, out.shape[0], num_segments, steps, little, BLOCK_BYTES),
         x.device,
         num_warps=NUM_WARPS,

@@ -15,6 +15,7 @@ from flashinfer.ops.rope.triton.launch import NUM_WARPS, configure
 from flashinfer.testing.gate import ALL_ARCHS, GateCase
 
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+TABLE_STRIDE = (2, 1)  # the argument `angle`
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 # What converts to fp8 by itself, and what does not (`Arch.converts_to_fp8`).
 NATIVE_ARCHS = ("sm90", "sm100", "sm120")
@@ -69,7 +70,7 @@ def _types(problem: Problem) -> dict[str, Any]:
         "data": Data(*pointers),
         "strides": AllStrides(*(strides if here else "constexpr" for here in present)),
         "angle": AngleView(
-            "*fp32" if spec.tabulated else "*i64", "i32", "*i64", "*i64" if spec.ragged else "constexpr", "i32"
+            "*fp32" if spec.tabulated else "*i64", "i32", "*i64", "*i64" if spec.ragged else "constexpr", "i32", "i32"
         ),
         "table": Table("*i32", "*i32", "*i32", "*i32", "i32") if spec.paged else "constexpr",
         "factors": Factors("fp32", "fp32", weight, weight, "fp32"),
@@ -105,14 +106,14 @@ def cases() -> Iterator[GateCase]:
         fp8 = problem.out_dtype is not None
         for archs in (NATIVE_ARCHS, OTHER_ARCHS) if fp8 else (ALL_ARCHS,):
             example = Arch("sm90" if archs is NATIVE_ARCHS else "sm80", 132, 0)
-            cfg, _ = configure(problem.spec, example, 8 if problem.ragged else 0)
+            cfg, _ = configure(problem.spec, example)
             suffix = ".native" if archs is NATIVE_ARCHS else ""
             yield GateCase(
                 name=f"rope_{problem.name}{suffix}",
                 kernel=rope_kernel,
                 signature=types,
                 constexprs={**_absent(types), "cfg": cfg},
-                attrs=_aligned(tuple(types.values())),
+                attrs={**_aligned(tuple(types.values())), TABLE_STRIDE: [["tt.divisibility", 16]]},
                 options={"num_warps": NUM_WARPS},
                 archs=archs,
             )

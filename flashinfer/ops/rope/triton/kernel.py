@@ -18,7 +18,7 @@ class RopeConfig:
     """What the kernel is compiled for.
 
     rotary_dim, q_rest, k_rest, v_dim: components; block_*: tiles, powers of two. fp8_mantissa_bits: 0 where results are
-    not fp8. search_steps: bits of the batch size where positions come from indptr, else 0.
+    not fp8. ragged: positions come from indptr.
     """
 
     num_qo_heads: int
@@ -29,7 +29,7 @@ class RopeConfig:
     v_dim: int
     interleave: bool
     tabulated: bool
-    search_steps: int
+    ragged: bool
     fp8_mantissa_bits: int
     native_fp8: bool
     block_tokens: int
@@ -80,13 +80,14 @@ class AllStrides(NamedTuple):
 
 
 class AngleView(NamedTuple):
-    """`Angle`; stride of a table's row; batch_size where positions are found through indptr."""
+    """`Angle`; stride of a table's row; where positions are found through indptr, batch_size and its bits."""
 
     table: torch.Tensor
     stride: int
     positions: torch.Tensor
     offsets: torch.Tensor | None
     batch_size: int
+    steps: int
 
 
 class Table(NamedTuple):
@@ -131,9 +132,9 @@ def cos_sin_of_turns(turns):
 @triton.jit
 def cos_sin(angle, offs_token, mask_token, cfg: tl.constexpr):
     """fp32 cosines and sines `[tokens, 1, block_half]`."""
-    if cfg.search_steps > 0:
+    if cfg.ragged:
         token = offs_token.to(tl.int32)
-        request = upper_bound(angle.positions + 1, angle.batch_size, token, mask_token, cfg.search_steps)
+        request = upper_bound(angle.positions + 1, angle.batch_size, token, mask_token, angle.steps)
         inside = mask_token & (request < angle.batch_size)
         begin = tl.load(angle.positions + request, mask=inside, other=0)
         position = tl.where(inside, tl.load(angle.offsets + request, mask=inside, other=0) + token - begin, 0)

@@ -38,7 +38,7 @@ def block(dim: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def configure(spec: RopeSpec, arch: Arch, search_steps: int) -> tuple[RopeConfig, int]:
+def configure(spec: RopeSpec, arch: Arch) -> tuple[RopeConfig, int]:
     """The kernel's configuration and the number of head blocks."""
     block_half = block(spec.rotary_dim // 2)
     width = 2 * block_half + block(spec.q_rest)
@@ -57,7 +57,7 @@ def configure(spec: RopeSpec, arch: Arch, search_steps: int) -> tuple[RopeConfig
         spec.v_dim,
         spec.interleave,
         spec.tabulated,
-        search_steps,
+        spec.ragged,
         FP8_MANTISSA_BITS.get(spec.out_dtype, 0),
         arch.converts_to_fp8,
         1 << min(MAX_TOKENS, max(1, TILE // (block_q * width))).bit_length() - 1,
@@ -94,8 +94,8 @@ def bind(spec: RopeSpec, arch: Arch) -> Callable[[Rotation], None]:
     """The call for one kind of rotation: one launch, no host sync."""
 
     @lru_cache(maxsize=4096)
-    def layout(steps: int, table_stride: int, page_size: int, *pairs: Any) -> Layout:
-        cfg, head_blocks = configure(spec, arch, steps)
+    def layout(table_stride: int, page_size: int, *pairs: Any) -> Layout:
+        cfg, head_blocks = configure(spec, arch)
         parts = AllStrides(*(_strides(pair) for pair in pairs))
         flat = [n for part in parts if part is not None for n in part]
         return Layout(cfg, head_blocks, parts, integer_classes((table_stride, page_size, *flat)))
@@ -105,12 +105,11 @@ def bind(spec: RopeSpec, arch: Arch) -> Callable[[Rotation], None]:
         steps = batch_size = 0
         if angle.offsets is not None:
             batch_size = angle.offsets.shape[0]
-            # Even an empty batch takes a step, so that its one compiled form does not read positions.
-            steps = max(1, batch_size.bit_length())
+            steps = batch_size.bit_length()
         moves = (q.rope, k.rope, q.rest, k.rest, v)
         stride, page_size = angle.table.stride(0), 0 if table is None else k.rope.target.shape[1]
         pairs = [None if move is None else (move.source.stride(), move.target.stride()) for move in moves]
-        found = layout(steps, stride, page_size, *pairs)
+        found = layout(stride, page_size, *pairs)
         tensors = [x for move in moves for x in (move or (None, None))]
         data = Data(*(tensors if spec.out_dtype not in FP8_DTYPES else map(_bytes, tensors)))
         q_weight, k_weight, eps = (None, None, 0.0) if weights is None else weights
@@ -119,11 +118,11 @@ def bind(spec: RopeSpec, arch: Arch) -> Callable[[Rotation], None]:
         num_tokens = q.rope.source.shape[0]
         _launch(
             (-(-num_tokens // found.cfg.block_tokens), found.head_blocks, 1),
-            (found, angle.positions.dtype, batch_size % 16 == 0, batch_size == 1, aligned),
+            (found, angle.positions.dtype, integer_classes((batch_size, steps)), aligned),
             (
                 data,
                 found.strides,
-                AngleView(angle.table, stride, angle.positions, angle.offsets, batch_size),
+                AngleView(angle.table, stride, angle.positions, angle.offsets, batch_size, steps),
                 None if table is None else Table(*table, page_size),
                 Factors(q.scale, k.scale, q_weight, k_weight, eps),
                 num_tokens,
