@@ -18,14 +18,22 @@ from flashinfer.norm import (
     rmsnorm,
     rmsnorm_quant,
 )
-from flashinfer.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
+from flashinfer.page import append_paged_kv_cache, append_paged_mla_kv_cache, get_batch_indices_positions, get_seq_lens
 from flashinfer.prefill import (
     BatchPrefillWithPagedKVCacheWrapper,
     BatchPrefillWithRaggedKVCacheWrapper,
     single_prefill_with_kv_cache,
     single_prefill_with_kv_cache_return_lse,
 )
-from flashinfer.quantization import packbits, segment_packbits
+from flashinfer.quantization import (
+    e2m1_and_ufp8sf_scale_to_float,
+    mxfp4_dequantize,
+    mxfp4_dequantize_host,
+    nvfp4_block_scale_interleave,
+    nvfp4_kv_dequantize,
+    packbits,
+    segment_packbits,
+)
 from flashinfer.rope import (
     apply_llama31_rope,
     apply_llama31_rope_inplace,
@@ -60,6 +68,7 @@ __all__ = [
     "BatchPrefillWithRaggedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "append_paged_kv_cache",
+    "append_paged_mla_kv_cache",
     "apply_llama31_rope",
     "apply_llama31_rope_inplace",
     "apply_llama31_rope_pos_ids",
@@ -70,6 +79,7 @@ __all__ = [
     "apply_rope_pos_ids_inplace",
     "apply_rope_with_cos_sin_cache",
     "apply_rope_with_cos_sin_cache_inplace",
+    "e2m1_and_ufp8sf_scale_to_float",
     "fast_decode_plan",
     "fused_add_rmsnorm",
     "fused_add_rmsnorm_quant",
@@ -85,6 +95,10 @@ __all__ = [
     "merge_state_in_place",
     "merge_states",
     "min_p_sampling_from_probs",
+    "mxfp4_dequantize",
+    "mxfp4_dequantize_host",
+    "nvfp4_block_scale_interleave",
+    "nvfp4_kv_dequantize",
     "packbits",
     "rmsnorm",
     "rmsnorm_quant",

@@ -14,11 +14,13 @@ import torch
 
 from flashinfer.core.arch import CPU, SMEM_BYTES, Arch
 from flashinfer.core.select import Impl
-from flashinfer.ops import activation, attention, merge, norm, page
+from flashinfer.ops import activation, attention, merge, norm, page, quantization, rope
 from flashinfer.ops.activation import GatedSpec
 from flashinfer.ops.attention.spec import AttentionSpec
 from flashinfer.ops.norm import NormSpec
 from flashinfer.ops.page import AppendSpec
+from flashinfer.ops.quantization import QuantSpec
+from flashinfer.ops.rope import RopeSpec
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "support.md"
 # The release that comes with the torch on which the kernels were run and timed.
@@ -78,6 +80,16 @@ def table(title: str, impls: Sequence[Impl], specs: Iterable[tuple[str, object]]
 def document() -> str:
     """The whole file."""
     bf16, e4m3 = torch.bfloat16, torch.float8_e4m3fn
+    dims = (32, 8, 128, 0, 0, 0)
+    ropes: list[tuple[str, object]] = [
+        (short(dtype), RopeSpec(*dims, False, dtype, dtype, True, False, False, False)) for dtype in FLOATS
+    ]
+    ropes += [(short(dtype), RopeSpec(*dims, False, FLOATS[2], dtype, True, False, True, False)) for dtype in FP8]
+    codes: list[tuple[str, object]] = [
+        (f"{short(dtype)} to {short(code)}", QuantSpec("quantize_groups", dtype, code))
+        for dtype in FLOATS
+        for code in (*FP8, torch.int8)
+    ]
     norms: list[tuple[str, object]] = [
         (f"any dtype, fp8 results included, hidden_size {size}", NormSpec(width, bf16, bf16, e4m3, False, True, 0.0))
         for size, width in (("up to 16384", 16384), ("above", 16385))
@@ -92,9 +104,13 @@ def document() -> str:
         *table("Attention: append and prefill (decode as marked); every variant", attention.IMPLS, attention_specs()),
         *table("Merging of attention states", merge.IMPLS, [("float32, float16, bfloat16", None)]),
         *table("append_paged_kv_cache", page.IMPLS, append),
+        *table(
+            "RoPE: in place, to new tensors, to fp8, to a paged cache, after RMSNorm of the heads", rope.IMPLS, ropes
+        ),
+        *table("Masks to bits; fp8, int8 and fp4", quantization.IMPLS, codes),
         *table("Norms", norm.IMPLS, norms),
         *table("Gated activations", activation.IMPLS, gated),
-        "Everything else (RoPE, packing, sampling) is torch only, on any device.",
+        "Everything else (sampling) is torch only, on any device.",
     ]
     return "\n".join(parts) + "\n"
 

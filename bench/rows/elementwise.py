@@ -23,6 +23,8 @@ TOKENS = (1, 64, 1024, 16384)
 FEW_TOKENS = 64
 CHECKED_ROWS = 32
 EPS = 1e-6
+ROPE_THETA = 1e4
+PAGE_SIZE = 16
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,60 @@ def silu_and_mul(width: int) -> Elementwise:
     )
 
 
+def _rope_tensors(heads: tuple[int, int, int], tokens: int, normal: Callable[..., torch.Tensor]) -> Tensors:
+    """heads: (num_qo_heads, num_kv_heads, head_dim). cos, sin: of each token's angles, for the reference."""
+    num_qo_heads, num_kv_heads, head_dim = heads
+    q, k = normal(tokens, num_qo_heads, head_dim), normal(tokens, num_kv_heads, head_dim)
+    pos_ids = torch.arange(tokens, device=q.device)
+    frequency = ROPE_THETA ** (-torch.arange(0, head_dim, 2, device=q.device, dtype=torch.float64) / head_dim)
+    angle = pos_ids.double()[:, None, None] * frequency
+    return {"q": q, "k": k, "pos_ids": pos_ids, "cos": angle.cos(), "sin": angle.sin()}
+
+
+def _rope_reference(t: Tensors) -> torch.Tensor:
+    a, b = t["q"].chunk(2, dim=-1)
+    return torch.cat([a * t["cos"] - b * t["sin"], b * t["cos"] + a * t["sin"]], dim=-1)
+
+
+def _append_tensors(heads: tuple[int, int], tokens: int, normal: Callable[..., torch.Tensor]) -> Tensors:
+    """heads: (num_kv_heads, head_dim). One request; `out` is the K cache, row by row of tokens."""
+    pages = -(-tokens // PAGE_SIZE)
+    caches = {name: normal(pages * PAGE_SIZE, *heads) for name in ("out", "v_cache")}
+    rows = {name: normal(tokens, *heads) for name in ("key", "value")}
+    count = partial(torch.arange, device=rows["key"].device, dtype=torch.int32)
+    where = {"batch_indices": count(tokens) * 0, "positions": count(tokens), "kv_indices": count(pages)}
+    return caches | rows | where | {"kv_indptr": count(2) * pages, "kv_last_page_len": count(1) + PAGE_SIZE}
+
+
+def _append(t: Tensors) -> None:
+    caches = tuple(t[name].unflatten(0, (-1, PAGE_SIZE)) for name in ("out", "v_cache"))
+    where = (t["batch_indices"], t["positions"])
+    table = (t["kv_indices"], t["kv_indptr"], t["kv_last_page_len"])
+    flashinfer.append_paged_kv_cache(t["key"], t["value"], *where, caches, *table)
+
+
+def rope_pos_ids_inplace(heads: tuple[int, int, int]) -> Elementwise:
+    return Elementwise(
+        f"rope_pos_ids_inplace_{'-'.join(map(str, heads))}",
+        partial(_rope_tensors, heads),
+        lambda t: flashinfer.apply_rope_pos_ids_inplace(t["q"], t["k"], t["pos_ids"], rope_theta=ROPE_THETA),
+        _rope_reference,
+        moved=("q", "k", "q", "k", "pos_ids"),
+        in_place=("q", "k"),
+        terms=2,
+    )
+
+
+def append_paged_kv_cache(heads: tuple[int, int]) -> Elementwise:
+    return Elementwise(
+        f"append_paged_kv_cache_{'-'.join(map(str, heads))}",
+        partial(_append_tensors, heads),
+        _append,
+        lambda t: t["key"],
+        moved=("key", "value", "key", "value", "batch_indices", "positions"),
+    )
+
+
 def row(op: Elementwise, tokens: int, device: str = "cuda") -> Row:
     """bf16 on a GPU, fp32 on the CPU."""
     shape = ElementwiseShape(op, tokens, torch.bfloat16 if device == "cuda" else torch.float32)
@@ -192,6 +248,8 @@ _OPS = (
     fused_add_rmsnorm(4096),
     fused_add_rmsnorm(8192),
     silu_and_mul(14336),
+    rope_pos_ids_inplace((32, 8, 128)),
+    append_paged_kv_cache((8, 128)),
 )
 
 ROWS: tuple[Row, ...] = tuple(row(op, tokens) for op in _OPS for tokens in TOKENS)

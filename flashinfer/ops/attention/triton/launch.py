@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
 from flashinfer.core.arch import arch_of
-from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.launch import Prebound, alignment, integer_classes
 from flashinfer.core.workspace import Arena
 from flashinfer.ops.attention.device.factors import factors_of, needs_natural_logits
 from flashinfer.ops.attention.device.hooks import Hooks, hooks_of, launch_key, traits_of
@@ -70,7 +70,13 @@ def run(spec: AttentionSpec, plan: TritonPlan, tensors: Tensors, variant: Varian
     q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
     lse_stride = 0 if lse is None else lse.stride(0)
     factors = factors_of(scales)
-    strides = (_classes(q_strides), _classes(k_strides), _classes(v_strides), _classes(out_strides), lse_stride)
+    strides = (
+        integer_classes(q_strides),
+        integer_classes(k_strides),
+        integer_classes(v_strides),
+        integer_classes(out_strides),
+        lse_stride,
+    )
     optional = (lse is None, factors.logits_stride, factors.output_stride, scales.sinks is None)
     key = (plan.key, natural, strides, optional, alignment(*tensors, scales.logits, scales.output, scales.sinks))
     arguments = (
@@ -84,12 +90,6 @@ def run(spec: AttentionSpec, plan: TritonPlan, tensors: Tensors, variant: Varian
         cfg,
     )
     _launch_attention((plan.num_programs, 1, 1), key, arguments, q.device, num_warps=plan.launch.num_warps)
-
-
-@lru_cache(maxsize=4096)
-def _classes(strides: tuple[int, ...]) -> tuple[tuple[bool, bool, bool], ...]:
-    """What Triton specialises integers for; the values themselves would make a new key for every number of tokens."""
-    return tuple((s == 1, s % 16 == 0, s >= 2**31) for s in strides)
 
 
 @cache
