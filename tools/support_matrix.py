@@ -43,7 +43,7 @@ def attention_specs() -> Iterator[tuple[str, AttentionSpec]]:
             name = f"{short(q)} q, {short(kv)} KV, head_dim {'/'.join(str(d) for d in dict.fromkeys(dims))}"
             out = q if q in FLOATS else torch.bfloat16
             yield name, AttentionSpec(32, 8, *dims, 16, True, q, kv, out)
-    rotated = AttentionSpec(32, 8, 128, 128, 16, True, *[torch.bfloat16] * 3, rotates=True)
+    rotated = AttentionSpec(32, 8, 128, 128, 16, True, torch.bfloat16, torch.bfloat16, torch.bfloat16, rotates=True)
     yield "bfloat16, head_dim 128, rotated on the fly (ROPE_LLAMA)", rotated
     yield "bfloat16, head_dim 128, pages of 1", replace(rotated, rotates=False, page_size=1)
     yield "bfloat16, head_dim 128, decode", replace(rotated, rotates=False, uniform_qo_len=1)
