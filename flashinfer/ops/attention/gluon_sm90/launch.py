@@ -129,6 +129,9 @@ def _strides(x: torch.Tensor) -> list[int]:
 
 def _kv_map(x: torch.Tensor, config: GluonConfig) -> TensorDescriptor:
     """Pages as they are; ragged tokens are one long page."""
+    if x.shape[0] == 0:
+        # No tensor map is that small. Nothing of it is seen: every request is without KV.
+        x = x.new_zeros((1, *x.shape[1:]))
     if config.page_size == 0:
         x = x.transpose(0, 1)
     return _tensor_map(x, (1, config.box, 1, BOX_COLUMNS))
