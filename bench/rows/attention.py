@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -26,6 +26,7 @@ class AttentionShape:
     """One attention batch over NHD KV, softmax scale 1/sqrt(head_dim).
 
     qo_lens, kv_lens: tokens of each request. page_size: tokens; 0 means ragged KV. causal: bottom-right aligned.
+    window_left: tokens visible to the left of a query's own, -1 = all. logits_soft_cap: 0 = off.
     """
 
     qo_lens: tuple[int, ...]
@@ -36,6 +37,8 @@ class AttentionShape:
     page_size: int
     causal: bool
     dtype: torch.dtype
+    window_left: int = -1
+    logits_soft_cap: float = 0.0
 
     @property
     def batch_size(self) -> int:
@@ -63,6 +66,8 @@ class AttentionShape:
             "head_dim": self.head_dim,
             "page_size": self.page_size,
             "causal": self.causal,
+            "window_left": self.window_left,
+            "logits_soft_cap": self.logits_soft_cap,
             "dtype": str(self.dtype),
         }
 
@@ -76,10 +81,14 @@ class AttentionShape:
     @cached_property
     def num_flops(self) -> int:
         """Floating-point operations of the two products: 4 per visible (query, key) pair, head and dimension."""
-        pairs = 0
-        for qo, kv in zip(self.qo_lens, self.kv_lens, strict=True):
-            pairs += qo * (kv - qo) + qo * (qo + 1) // 2 if self.causal else qo * kv
+        lens = zip(self.qo_lens, self.kv_lens, strict=True)
+        pairs = sum(len(self.visible(kv - qo + row, kv)) for qo, kv in lens for row in range(qo))
         return 4 * pairs * self.num_qo_heads * self.head_dim
+
+    def visible(self, position: int, kv_len: int) -> range:
+        """The keys that the query at `position` of a request of `kv_len` tokens sees."""
+        first = max(0, position - self.window_left) if self.window_left >= 0 else 0
+        return range(first, position + 1 if self.causal else kv_len)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,8 @@ class AttentionInputs:
     """Fresh random tensors of one `AttentionShape`.
 
     q: [nnz_qo, num_qo_heads, head_dim]. kv: (k, v), each [nnz_kv, num_kv_heads, head_dim], when ragged, else
-    (cache,) of [pages, 2, page_size, num_kv_heads, head_dim], shuffled. The index tensors are int32.
+    (cache,) of [pages, 2, page_size, num_kv_heads, head_dim], shuffled. The index tensors are int32; all but the page
+    table are on the host, where engines make them.
     """
 
     q: torch.Tensor
@@ -105,8 +115,8 @@ class AttentionInputs:
 # ---- inputs
 
 
-def _indptr(counts: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return torch.tensor([0, *counts]).cumsum(0).to(device, torch.int32)
+def _indptr(counts: tuple[int, ...]) -> torch.Tensor:
+    return torch.tensor([0, *counts]).cumsum(0).int()
 
 
 def make_attention(shape: AttentionShape, generator: torch.Generator) -> AttentionInputs:
@@ -123,10 +133,10 @@ def make_attention(shape: AttentionShape, generator: torch.Generator) -> Attenti
     return AttentionInputs(
         q,
         kv,
-        _indptr(shape.qo_lens, device),
-        _indptr(shape.num_pages, device),
+        _indptr(shape.qo_lens),
+        _indptr(shape.num_pages),
         torch.randperm(entries, generator=generator, device=device).int(),
-        torch.tensor(last, device=device, dtype=torch.int32),
+        torch.tensor(last, dtype=torch.int32),
     )
 
 
@@ -156,9 +166,9 @@ def call_decode(shape: AttentionShape, inputs: AttentionInputs) -> Call:
     return Call(plan, partial(wrapper.run, inputs.q, *inputs.kv, out=out), out)
 
 
-def call_prefill_paged(shape: AttentionShape, inputs: AttentionInputs) -> Call:
+def call_prefill_paged(shape: AttentionShape, inputs: AttentionInputs, backend: str = "auto") -> Call:
     """`BatchPrefillWithPagedKVCacheWrapper`; append is this with few query tokens."""
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(inputs), "NHD")
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(inputs), "NHD", backend=backend)
     plan = partial(
         wrapper.plan,
         inputs.qo_indptr,
@@ -170,6 +180,8 @@ def call_prefill_paged(shape: AttentionShape, inputs: AttentionInputs) -> Call:
         shape.head_dim,
         shape.page_size,
         causal=shape.causal,
+        window_left=shape.window_left,
+        logits_soft_cap=shape.logits_soft_cap,
         q_data_type=shape.dtype,
         kv_data_type=shape.dtype,
     )
@@ -177,9 +189,9 @@ def call_prefill_paged(shape: AttentionShape, inputs: AttentionInputs) -> Call:
     return Call(plan, partial(wrapper.run, inputs.q, *inputs.kv, out=out), out)
 
 
-def call_prefill_ragged(shape: AttentionShape, inputs: AttentionInputs) -> Call:
+def call_prefill_ragged(shape: AttentionShape, inputs: AttentionInputs, backend: str = "auto") -> Call:
     """`BatchPrefillWithRaggedKVCacheWrapper`."""
-    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(_workspace(inputs), "NHD")
+    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(_workspace(inputs), "NHD", backend=backend)
     plan = partial(
         wrapper.plan,
         inputs.qo_indptr,
@@ -188,6 +200,8 @@ def call_prefill_ragged(shape: AttentionShape, inputs: AttentionInputs) -> Call:
         shape.num_kv_heads,
         shape.head_dim,
         causal=shape.causal,
+        window_left=shape.window_left,
+        logits_soft_cap=shape.logits_soft_cap,
         q_data_type=shape.dtype,
         kv_data_type=shape.dtype,
     )
@@ -209,10 +223,31 @@ def _request_kv(shape: AttentionShape, inputs: AttentionInputs, request: int) ->
     return k, v
 
 
+def _visible_mask(shape: AttentionShape, request: int, q_rows: torch.Tensor) -> torch.Tensor:
+    """Which keys the rows `q_rows` of a request see: bool [rows, kv_len]."""
+    kv_len = shape.kv_lens[request]
+    position = (kv_len - shape.qo_lens[request] + q_rows)[:, None]
+    keys = torch.arange(kv_len, device=q_rows.device)
+    mask = (keys <= position) if shape.causal else (keys < kv_len).expand(len(q_rows), -1)
+    return mask & (keys >= position - shape.window_left) if shape.window_left >= 0 else mask
+
+
+def _capped_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, cap: float
+) -> torch.Tensor:
+    """What SDPA has no argument for: softmax(cap * tanh(q k^T / (sqrt(head_dim) * cap))) v.
+
+    16-bit tensors are multiplied in fp32 and rounded at the end, as SDPA's own plain implementation does.
+    """
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    logits = cap * torch.tanh(q.to(dtype) @ k.to(dtype).mT / (q.shape[-1] ** 0.5 * cap))
+    return (logits.masked_fill(~mask, float("-inf")).softmax(-1) @ v.to(dtype)).to(q.dtype)
+
+
 def attention_reference(
     shape: AttentionShape, inputs: AttentionInputs, request: int, q_rows: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Rows `q_rows` (local to `request`) of the output by torch SDPA in `dtype`: [rows, num_qo_heads, head_dim].
+    """Rows `q_rows` (local to `request`) of the output by torch in `dtype`: [rows, num_qo_heads, head_dim].
 
     The heads that share a KV head become rows of one product, so KV is never expanded and fp64 fits.
     """
@@ -220,13 +255,12 @@ def attention_reference(
     group = shape.num_qo_heads // shape.num_kv_heads
     q = inputs.q[sum(shape.qo_lens[:request]) + q_rows].to(dtype)
     q = q.unflatten(1, (shape.num_kv_heads, group)).transpose(0, 1).flatten(1, 2)[None]
-    mask = None
-    if shape.causal:
-        last_visible = shape.kv_lens[request] - shape.qo_lens[request] + q_rows
-        visible = torch.arange(shape.kv_lens[request], device=q.device) <= last_visible[:, None]
-        mask = visible.repeat_interleave(group, 0)[None, None]
-    with sdpa_kernel([SDPBackend.MATH]):  # whatever backend a peer has chosen around this
-        out: torch.Tensor = scaled_dot_product_attention(q, k, v, attn_mask=mask)[0]
+    mask = _visible_mask(shape, request, q_rows).repeat_interleave(group, 0)[None, None]
+    if shape.logits_soft_cap:
+        out = _capped_attention(q, k, v, mask, shape.logits_soft_cap)[0]
+    else:
+        with sdpa_kernel([SDPBackend.MATH]):  # whatever backend a peer has chosen around this
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask)[0]
     return out.unflatten(1, (len(q_rows), group)).transpose(0, 1).flatten(1, 2)
 
 
@@ -279,7 +313,14 @@ def _sdpa_mask(shape: AttentionShape, backend: SDPBackend | None, device: torch.
 def _open_sdpa(
     shape: AttentionShape, inputs: AttentionInputs, backend: SDPBackend | None, gather: bool
 ) -> Iterator[Callable[[], torch.Tensor]]:
-    """torch SDPA over the same batch, dense. gather: whether collecting the pages belongs to the timed call."""
+    """torch SDPA over the same batch, dense. gather: whether collecting the pages belongs to the timed call.
+
+    Raises NotImplementedError for what its fast backends do not compute.
+    """
+    if shape.logits_soft_cap:
+        raise NotImplementedError("SDPA has no soft cap")
+    if shape.window_left >= 0:
+        raise NotImplementedError("SDPA has no window; with a mask tensor it would read every key")
     q = inputs.q.unflatten(0, (shape.batch_size, shape.qo_lens[0])).transpose(1, 2)
     dense = None if gather else _dense_kv(shape, inputs)
     mask = _sdpa_mask(shape, backend, q.device)
@@ -315,6 +356,8 @@ def _row(
         peers += (COPY,) if op == "decode" else ()
     kv = f"page{shape.page_size}" if shape.page_size else "ragged"
     mask = "" if op == "decode" else "_causal" if shape.causal else "_full"
+    mask += f"_window{shape.window_left}" if shape.window_left >= 0 else ""
+    mask += f"_cap{shape.logits_soft_cap:g}" if shape.logits_soft_cap else ""
     heads = f"h{shape.num_qo_heads}-{shape.num_kv_heads}_d{shape.head_dim}"
     prefix = "cpu_" if device == "cpu" else ""
     name = f"{prefix}{op}_{kv}_{size}_{heads}{mask}"
@@ -334,14 +377,12 @@ def decode_row(
     return _row("decode", device, shape, call_decode, size)
 
 
-def prefill_row(
-    batch: int, seq_len: int, page_size: int, causal: bool, heads: tuple[int, int, int] = (32, 8, 128)
-) -> Row:
-    """bf16 prefill of whole prompts, ragged (page_size 0) or paged."""
-    lens = (seq_len,) * batch
-    shape = AttentionShape(lens, lens, *heads, page_size=page_size, causal=causal, dtype=torch.bfloat16)
-    call = call_prefill_paged if page_size else call_prefill_ragged
-    return _row("prefill", "cuda", shape, call, f"b{batch}_s{seq_len}")
+def prefill_row(shape: AttentionShape, backend: str = "auto") -> Row:
+    """Prefill on a GPU; another backend than the one chosen by itself shows in the name."""
+    call = call_prefill_paged if shape.page_size else call_prefill_ragged
+    size = f"b{shape.batch_size}_s{shape.qo_lens[0]}"
+    row = _row("prefill", "cuda", shape, partial(call, backend=backend), size)
+    return row if backend == "auto" else replace(row, name=f"{row.name}_{backend}")
 
 
 def append_row(batch: int, qo_len: int, kv_len: int, page_size: int = 16) -> Row:
@@ -366,25 +407,39 @@ _DECODE = (
     (256, 1024, 16),
     (64, 16384, 64),
 )
-_PREFILL = (
-    (16, 1024, (32, 8, 128)),
-    (4, 4096, (32, 8, 128)),
-    (1, 16384, (32, 8, 128)),
-    (2, 8192, (16, 16, 64)),
-    (2, 8192, (8, 8, 256)),
-)
+HEADS = (32, 8, 128)
+# (batch, tokens, heads) of prefill: as many tokens in all, whatever their lengths and heads.
+PROMPTS = ((16, 1024, HEADS), (4, 4096, HEADS), (1, 16384, HEADS), (2, 8192, (16, 16, 64)), (2, 8192, (8, 8, 256)))
+
+
+def prompts(batch: int, seq_len: int, heads: tuple[int, int, int], causal: bool, page_size: int = 0) -> AttentionShape:
+    """bf16 prefill of whole prompts of equal length, ragged (page_size 0) or paged; heads as in `decode_row`."""
+    lens = (seq_len,) * batch
+    return AttentionShape(lens, lens, *heads, page_size=page_size, causal=causal, dtype=torch.bfloat16)
+
+
+def _prefill_rows() -> Iterator[Row]:
+    for causal in (True, False):
+        for page_size in (0, 64, 16):
+            sizes = [size for size in PROMPTS if page_size == 0 or size[2] == HEADS]
+            yield from (prefill_row(prompts(*size, causal, page_size)) for size in sizes)
+    middle = prompts(4, 4096, HEADS, causal=True)
+    yield prefill_row(replace(middle, logits_soft_cap=30.0))
+    yield prefill_row(replace(middle, window_left=1023))
+    yield from (prefill_row(replace(middle, page_size=page_size), "fa2") for page_size in (0, 16))
+
 
 ROWS: tuple[Row, ...] = (
     *(decode_row(f"b{batch}_l{kv_len}", (kv_len,) * batch, page) for batch, kv_len, page in _DECODE),
     decode_row("skew", skewed_kv_lens(), 16),
-    *(
-        prefill_row(batch, seq_len, page, causal, heads)
-        for batch, seq_len, heads in _PREFILL
-        for causal in (True, False)
-        for page in (0, 16)
-    ),
+    *_prefill_rows(),
     *(append_row(16, qo_len, 4096) for qo_len in (4, 16)),
     *(decode_row("b8_l1024", (1024,) * 8, 16, heads, "cpu") for heads in ((9, 3, 64), (32, 8, 128))),
 )
-# Rows whose first call is timed with an empty kernel cache, by op.
-COLD_ROWS = ("decode_page16_b16_l4096_h32-8_d128", "prefill_page16_b4_s4096_h32-8_d128_causal")
+# Rows whose first call is timed with an empty kernel cache: each kernel family once, a process and a compilation each.
+COLD_ROWS = (
+    "decode_page16_b16_l4096_h32-8_d128",
+    "prefill_ragged_b2_s8192_h16-16_d64_causal",
+    "prefill_ragged_b4_s4096_h32-8_d128_causal",
+    "prefill_ragged_b2_s8192_h8-8_d256_causal",
+)

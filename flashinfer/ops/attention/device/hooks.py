@@ -60,18 +60,20 @@ def hooks_of(variant: Variant) -> Hooks:
 class Traits(NamedTuple):
     """What a configuration depends on of a variant.
 
-    logits, key: whether such hooks exist. masks_have_bounds: whether the bounds say where every mask is True
+    logits, key, masks: whether such hooks exist. masks_have_bounds: whether the bounds say where every mask is True
     throughout; only then can a tile skip its mask.
     """
 
     logits: bool
     key: bool
+    masks: bool
     masks_have_bounds: bool
 
 
 def traits_of(variant: Variant) -> Traits:
     unbounded = any(part.mask is not None and part.bounds is None for part in variant.parts)
-    return Traits(bool(variant.having("logits")), bool(variant.having("key")), not unbounded)
+    logits, key, masks = (bool(variant.having(hook)) for hook in ("logits", "key", "mask"))
+    return Traits(logits, key, masks, not unbounded)
 
 
 def launch_key(variant: Variant) -> tuple[Any, ...]:

@@ -16,7 +16,7 @@ from flashinfer.device.gluon import gl
 from flashinfer.ops.attention.device.factors import factors_of, needs_natural_logits
 from flashinfer.ops.attention.device.hooks import Hooks, hooks_of, launch_key, traits_of
 from flashinfer.ops.attention.device.planner import PLANNER_BLOCK, launch_planner, planner_tables
-from flashinfer.ops.attention.gluon_sm90.configs import PERSISTENT_QUERIES, choose, planner_config, section_tokens
+from flashinfer.ops.attention.gluon_sm90.configs import choose, planner_config, section_tokens
 from flashinfer.ops.attention.gluon_sm90.kernel import GluonConfig, Heads, Output, Tiles, prefill_kernel
 from flashinfer.ops.attention.gluon_sm90.order import BINS, order_kernel
 from flashinfer.ops.attention.plan import RECORD_FIELDS
@@ -45,8 +45,7 @@ class GluonPlan:
 def plan(spec: AttentionSpec, batch: Batch, variant: Variant, arena: Arena) -> GluonPlan:
     """Make and sort the schedule on the device: two launches, nothing waits for them."""
     assert batch.total_rows is not None
-    persistent = batch.total_rows <= PERSISTENT_QUERIES * batch.batch_size
-    config = choose(spec, traits_of(variant), persistent)
+    config = choose(spec, traits_of(variant))
     planner = planner_config(spec, config)
     hooks = hooks_of(variant)
     key = (spec, config, launch_key(variant))
