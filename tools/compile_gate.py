@@ -186,8 +186,11 @@ def disassemble(cubin: bytes) -> str:
 
 
 def spills_in_loops(sass: str) -> int:
-    """Loads and stores of local memory inside of innermost loops with matrix products: from a backward branch's target
-    to the branch, where no other such loop lies between."""
+    """Loads and stores of local memory inside of innermost loops with matrix products.
+
+    A loop goes from the target of a conditional backward branch to the branch; an unconditional one comes back from the
+    waits, which the compiler puts behind the code proper.
+    """
     code: list[str] = []
     labels: dict[str, int] = {}
     for line in sass.splitlines():
@@ -197,7 +200,7 @@ def spills_in_loops(sass: str) -> int:
             code.append(instruction.group(1))
     loops = []
     for end, text in enumerate(code):
-        branch = re.search(r"BRA.*(\.L_x_\d+)", text)
+        branch = re.match(r"@!?U?P\d+ BRA.*(\.L_x_\d+)", text)
         begin = labels.get(branch.group(1), end) if branch else end
         if begin < end and any("MMA" in t for t in code[begin:end]):
             loops.append((begin, end))
