@@ -227,11 +227,14 @@ def _step(q, state, channels, n, end, item, begin, hooks, scale, turns, MASK: gl
 
 
 @jit
-def _write(state, item, output, o_desc, outputs, outlet, q_row, hooks, factors, scale, CID: gl.constexpr,
+def _write(state, record, qo_head, output, o_desc, outputs, outlet, hooks, factors, scale, CID: gl.constexpr,
            cfg: gl.constexpr, OL: gl.constexpr):  # fmt: skip
     """out = acc / l * output scale, lse = m + log2(l) of one warpgroup's rows; m in units of its logits."""
     acc, m_i, l_i = state
-    _, q_lo, qo_head, qo_len, _ = item
+    # Read again: kept, they would cost registers in the loop.
+    q_lo = gl.load(record + 1) * (cfg.groups * cfg.rows) + CID * cfg.rows
+    q_row = gl.load(record + 6) + q_lo
+    qo_len = gl.load(record + 7)
     m_i = m_i * exponent_factor(hooks.logits, scale, cfg.natural_logits)
     if factors.sinks is not None:
         sink = gl.load(factors.sinks + qo_head) * LOG2_E
@@ -288,7 +291,6 @@ def _consumer(descs, channels, outputs, output, work, heads, hooks, factors, CID
         kv_tile = gl.load(record + 2)
         kv_tiles = gl.load(record + 3)
         kv_len = gl.load(record + 4)
-        q_row = gl.load(record + 6) + q_lo
         qo_len = gl.load(record + 7)
         item = (request, q_lo, qo_head, qo_len, kv_len)
         scale = factors.sm_scale
@@ -299,6 +301,9 @@ def _consumer(descs, channels, outputs, output, work, heads, hooks, factors, CID
         last = kv_tile + kv_tiles - 1
         # Steps: the first one and those before `plain` need masks, those before `head` none, the rest again.
         plain = gl.minimum(gl.maximum(last + 1 - full_hi // cfg.block_n, 1), kv_tiles)
+        if len(hooks.mask) == 0:
+            # Nothing but the end of the keys, which lies in the first tile; the compiler drops the other masked loop.
+            plain = 1
         head = gl.minimum(gl.maximum(last + 1 - (full_lo + cfg.block_n - 1) // cfg.block_n, plain), kv_tiles)
         # Where nothing bounds the keys from the left the compiler sees this, and drops the last loop.
         head = gl.where(full_lo == 0, kv_tiles, head)
@@ -351,7 +356,7 @@ def _consumer(descs, channels, outputs, output, work, heads, hooks, factors, CID
         state = (acc, m_row, l_row)
         # Where memory is short the output leaves through that of this item's queries.
         outlet = n if cfg.share_out else 0
-        _write(state, item, output, descs[3], outputs, outlet, q_row, hooks, factors, scale, CID, cfg, OL)
+        _write(state, record, qo_head, output, descs[3], outputs, outlet, hooks, factors, scale, CID, cfg, OL)
         if cfg.share_out:
             tma_store_wait(0)
             queries.release(n)
