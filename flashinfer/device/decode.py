@@ -21,7 +21,13 @@ def decode_fp8(code, MANTISSA_BITS: tl.constexpr):
         value = tl.where(magnitude == 0x7F, float("nan"), value)
     else:
         value = tl.where(magnitude == 0x7C, float("inf"), tl.where(magnitude > 0x7C, float("nan"), value))
-    return tl.where((bits & 0x80) != 0, -value, value)
+    return _signed(value, bits & 0x80, 24)
+
+
+@triton.jit
+def _signed(value, sign, SHIFT: tl.constexpr):
+    """`value` >= 0 with a sign bit, which is moved to its place: 0 - 0 would lose that of -0."""
+    return (value.to(tl.int32, bitcast=True) | (sign << SHIFT)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -29,7 +35,7 @@ def decode_e2m1(code):
     """4-bit codes of 0, 0.5, 1, 1.5, 2, 3, 4, 6 and a sign, to fp32."""
     bits = code.to(tl.int32)
     value = ((bits & 7) << 22).to(tl.float32, bitcast=True) * 2.0**126
-    return tl.where((bits & 8) != 0, -value, value)
+    return _signed(value, bits & 8, 28)
 
 
 @triton.jit

@@ -37,7 +37,8 @@ def batch_indices_positions(
 def _converted(x: torch.Tensor, spec: AppendSpec, scale: Scale) -> torch.Tensor:
     """`x` over its scale, in the cache's dtype: fp8 and int8 saturate, NaN is kept (0 in int8); fp8 as bytes."""
     if spec.scaled:
-        divisor = scale.value if scale.tensor is None else scale.tensor[:, None]
+        # A tensor in both cases: to divide by a number, torch multiplies with its inverse on a GPU, and rounds twice.
+        divisor = torch.full((), scale.value, device=x.device) if scale.tensor is None else scale.tensor[:, None]
         x = x.float() / divisor
     dtype = spec.code_dtype
     if dtype is None:

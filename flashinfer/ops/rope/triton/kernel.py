@@ -222,10 +222,13 @@ def store_rest(rows, mask, x, scale, cfg: tl.constexpr, DIM: tl.constexpr, BLOCK
 
 @triton.jit
 def rotate_pair(pair, turn):
-    """(a cos - b sin, b cos + a sin) in fp32."""
+    """(a cos - b sin, b cos + a sin) in fp32.
+
+    The fused multiply-add is written out: left to the compiler, in place and copying would round differently.
+    """
     a = pair[0].to(tl.float32)
     b = pair[1].to(tl.float32)
-    return a * turn[0] - b * turn[1], b * turn[0] + a * turn[1]
+    return tl.fma(a, turn[0], -(b * turn[1])), tl.fma(b, turn[0], a * turn[1])
 
 
 @triton.jit
