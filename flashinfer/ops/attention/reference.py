@@ -87,7 +87,7 @@ def _attend_request(
     lo, hi, _, _ = clamped_bounds(variant, 0, qo_len, qo_len, kv_len, max, min)
     work = torch.promote_types(spec.q_dtype, torch.float32) if spec.q_dtype.itemsize > 1 else torch.float32
     k, v = (_gather(spec, plan, cache, request, lo, hi) for cache in caches)
-    if _is_fusable(tensors.q, k, v, variant, scales):
+    if _is_fusable(tensors, k, v, variant, scales):
         here = slice(request.q_begin, request.q_end)
         _store(tensors, here, *_attend_fused(spec, tensors.q[here], k, v, scales))
         return
@@ -142,13 +142,17 @@ def _rotate(variant: Variant, x: torch.Tensor, position: int) -> torch.Tensor:
     return x
 
 
-def _is_fusable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Variant, scales: Scales) -> bool:
-    """Plain softmax attention that torch's fused CPU kernel takes."""
+def _is_fusable(tensors: Tensors, k: torch.Tensor, v: torch.Tensor, variant: Variant, scales: Scales) -> bool:
+    """Plain softmax attention that torch's fused CPU kernel takes.
+
+    Its exponentials of 16-bit inputs are coarser than the lse may be, so that it must not be asked for.
+    """
+    q = tensors.q
+    precise = tensors.lse is None or q.dtype.itemsize > 2
     scaled = scales.output_scale != 1.0 or any(x is not None for x in (scales.logits, scales.output, scales.sinks))
     same = q.dtype == k.dtype == v.dtype and k.shape == v.shape
-    return (
-        not variant.parts and not scaled and same and q.device.type == "cpu" and q.dtype.itemsize > 1 and k.shape[0] > 0
-    )
+    cpu = q.device.type == "cpu" and q.dtype.itemsize > 1
+    return cpu and precise and same and not variant.parts and not scaled and k.shape[0] > 0
 
 
 def _attend_fused(
