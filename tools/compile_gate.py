@@ -295,7 +295,7 @@ def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Result]:
 
 def report(results: Iterable[Result]) -> list[Result]:
     """Print one line a result, as they come; return them all."""
-    print(f"{'kernel':56} {'arch':7} {'regs':>5} {'spills':>7} {'in loop':>7} {'smem':>8} {'seconds':>8}", flush=True)
+    print(f"{'kernel':56} {'arch':7} {'regs':>5} {'spills':>7} {'in loop':>7} {'smem':>8} {'seconds':>8}")
     seen = []
     for r in results:
         seen.append(r)
