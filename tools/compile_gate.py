@@ -284,8 +284,8 @@ def plan_run(package: str, wanted: str) -> tuple[list[Task], list[str]]:
 def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Result]:
     """Results as soon as they are there, architecture by architecture.
 
-    Each architecture has processes of its own: Triton 3.6 keeps the conversions of fp8 for the first architecture that a
-    process compiles them for, and sm89 then gets an instruction of sm90.
+    Each has processes of its own: Triton 3.6 keeps the conversions of fp8 for the first architecture that a process
+    compiles them for, and sm89 then gets an instruction of sm90.
     """
     for arch in dict.fromkeys(task.arch for task in tasks):
         chosen = [task for task in tasks if task.arch == arch]
