@@ -62,12 +62,14 @@ class Peer:
     """Something to compare with.
 
     open: `(shape, inputs)` -> context whose value is the call to time. layout: turns that call's result into the
-    row's output, so that the correctness gate holds for the peer too; None when it computes something else.
+    row's output, so that the correctness gate holds for the peer too; None when it computes something else. shape: what
+    it computes, where that is another shape than the row's.
     """
 
     name: str
     open: Callable[[Any, Any], AbstractContextManager[Callable[[], torch.Tensor]]]
     layout: Callable[[torch.Tensor], torch.Tensor] | None
+    shape: Callable[[Any], Shape] | None = None
 
 
 @dataclass(frozen=True)

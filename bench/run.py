@@ -11,7 +11,6 @@ import contextlib
 import datetime
 import fnmatch
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -22,13 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.clock import Settings, Times, synchronize, time_ms, times_in_turn
 from bench.record import Call, Peer, Row
 from bench.registry import COLD_ROWS, ROWS
 
@@ -37,76 +37,13 @@ COLD_TIMEOUT_S = 120
 ROOT = Path(__file__).resolve().parents[1]
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a run measures. Times in ms; copy_mib: size of the ceiling's copy; matmul_n: its square product."""
+def time_against(fn: Callable[[], object], ours: Callable[[], object], settings: Settings, work: float = 1.0) -> Times:
+    """Times of a peer's call, and its `speedup`: its time over ours in the same rounds, above 1 where ours is faster.
 
-    device: torch.device
-    warmup_ms: float = 25.0
-    rep_ms: float = 100.0
-    copy_mib: int = 4096
-    matmul_n: int = 8192
-
-    @property
-    def uses_triton_timer(self) -> bool:
-        return self.device.type == "cuda" and importlib.util.find_spec("triton") is not None
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device; nothing to wait for on the CPU."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def time_ms(fn: Callable[[], object], settings: Settings) -> dict[str, float]:
-    """Median, 20th and 80th percentile of the time of `fn`, in ms.
-
-    CUDA: events, the L2 cache flushed before each call (`triton.testing.do_bench`). Else: host clock around the call.
+    work: ours over the peer's, so that a peer that computes another shape is compared by time per flop.
     """
-    if settings.uses_triton_timer:
-        from triton.testing import do_bench
-
-        quantiles = do_bench(fn, warmup=settings.warmup_ms, rep=settings.rep_ms, quantiles=[0.5, 0.2, 0.8])
-        return dict(zip(("ms", "p20_ms", "p80_ms"), quantiles, strict=True))
-    return _host_clock([fn], settings)[0]
-
-
-def _host_clock(fns: Sequence[Callable[[], object]], settings: Settings) -> list[dict[str, float]]:
-    """Times of each of `fns`, called in turn, so that what else the machine does falls on all alike."""
-    times: list[list[float]] = [[] for _ in fns]
-    warm_until = time.perf_counter() + 1e-3 * settings.warmup_ms
-    until = warm_until + 1e-3 * settings.rep_ms * len(fns)
-    for fn in fns:
-        fn()
-    while time.perf_counter() < until or len(times[0]) < 5:
-        for fn, mine in zip(fns, times, strict=True):
-            synchronize(settings.device)
-            begin = time.perf_counter()
-            fn()
-            synchronize(settings.device)
-            if begin >= warm_until:
-                mine.append(1e3 * (time.perf_counter() - begin))
-    return [{"ms": statistics.median(t), **_p20_p80(t)} for t in times]
-
-
-def _p20_p80(times: Sequence[float]) -> dict[str, float]:
-    cuts = statistics.quantiles(times, n=10, method="inclusive")
-    return {"p20_ms": cuts[1], "p80_ms": cuts[7]}
-
-
-def time_against(
-    fn: Callable[[], object], ours: Callable[[], object], ours_ms: float, settings: Settings
-) -> dict[str, float]:
-    """Times of a peer, and its `speedup`: its time over ours, above 1 where ours is faster.
-
-    A CPU shares its time with others, so there ours is timed again in turn with the peer for that ratio.
-    """
-    if settings.uses_triton_timer:
-        times = time_ms(fn, settings)
-    else:
-        times, again = _host_clock([fn, ours], settings)
-        ours_ms = again["ms"]
-    return {**times, "speedup": times["ms"] / ours_ms}
+    times, again = times_in_turn([fn, ours], settings)
+    return {**times, "speedup": times["ms"] / again["ms"] * work}
 
 
 def _copy_gb_per_s(settings: Settings) -> float:
@@ -207,14 +144,17 @@ def time_host(call: Call, run_ms: float, device: torch.device) -> dict[str, floa
 
 
 def time_peer(
-    peer: Peer, row: Row, inputs: Any, generator: torch.Generator, timer: Callable[..., dict[str, float]]
+    peer: Peer, row: Row, inputs: Any, generator: torch.Generator, ours: Callable[[], object], settings: Settings
 ) -> dict[str, Any]:
-    """`timer` of a peer's call; one that cannot run this row, or computes something else, gives the reason."""
+    """`time_against` it; one that cannot run this row, or computes something wrong, gives the reason."""
     try:
         with peer.open(row.shape, inputs) as call:
             result = call()
             verdict = {"ok": True} if peer.layout is None else gate(row, inputs, peer.layout(result), generator)
-            return timer(call) if verdict["ok"] else {"reason": verdict["reason"]}
+            if not verdict["ok"]:
+                return {"reason": verdict["reason"]}
+            work = 1.0 if peer.shape is None else row.shape.num_flops / peer.shape(row.shape).num_flops
+            return time_against(call, ours, settings, work)
     except Exception as error:  # a peer that is missing must not hide the row
         return {"reason": short_error(error)}
 
@@ -237,8 +177,7 @@ def run_row(row: Row, settings: Settings, ceilings: dict[str, Any], seed: int) -
             return {**result, "status": "failed", "reason": result["gate"]["reason"]}
         times = time_ms(call.run, settings)
         result |= times | time_host(call, times["ms"], settings.device) | _shares(row, times["ms"], ceilings)
-        timer = partial(time_against, ours=call.run, ours_ms=times["ms"], settings=settings)
-        result["peers"] = {p.name: time_peer(p, row, inputs, generator, timer) for p in row.peers}
+        result["peers"] = {p.name: time_peer(p, row, inputs, generator, call.run, settings) for p in row.peers}
     except Exception as error:  # one broken row must not hide the others; the exit code tells
         return {**result, "status": "error", "reason": short_error(error)}
     return {**result, "status": "ok"}
@@ -334,7 +273,7 @@ def describe(settings: Settings, commit: str, seed: int) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "cpu_threads": torch.get_num_threads(),
-        "timer": "triton do_bench, L2 flushed" if settings.uses_triton_timer else "perf_counter",
+        "timer": settings.timer,
         "settings": {**asdict(settings), "device": str(settings.device)},
     }
 

@@ -19,17 +19,16 @@ from typing import Any
 
 import torch
 
+from bench.clock import Settings, times_in_turn
 from bench.record import Call
 from bench.rows.attention import PROMPTS, AttentionShape, prefill_row, prompts
-from bench.run import Settings, check_call, describe, find_commit, short_error, time_ms
+from bench.run import check_call, describe, find_commit, short_error
 from flashinfer.core.arch import arch_of
 from flashinfer.ops.attention.gluon_sm90.configs import Schedule, imposed
 
 SCHEMA = 1
 PROVENANCE = ("date", "device", "driver", "torch", "triton", "cuda", "commit", "timer")
 CANDIDATES = tuple(Schedule(*choice) for choice in product((True, False), repeat=len(Schedule._fields)))
-# Each is timed so often, in turn with the others: a GPU that grows warm must not decide.
-ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def measure(shape: AttentionShape, settings: Settings, seed: int) -> list[Trial]
             calls[schedule] = call
         else:
             reasons[schedule] = verdict["reason"]
-    rounds = [{s: time_ms(call.run, settings)["ms"] for s, call in calls.items()} for _ in range(ROUNDS)]
-    rates = {s: shape.num_flops / statistics.median(times[s] for times in rounds) / 1e9 for s in calls}
+    times = times_in_turn([call.run for call in calls.values()], settings)
+    rates = {s: shape.num_flops / t["ms"] / 1e9 for s, t in zip(calls, times, strict=True)}
     return [Trial(shape.head_dim, shape.causal, row.name, s, rates.get(s), reasons.get(s)) for s in CANDIDATES]
 
 

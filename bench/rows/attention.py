@@ -147,66 +147,33 @@ def _workspace(inputs: AttentionInputs) -> torch.Tensor:
     return torch.empty(WORKSPACE_BYTES, dtype=torch.uint8, device=inputs.q.device)
 
 
+def _bound(
+    wrapper: Any, shape: AttentionShape, inputs: AttentionInputs, index: tuple[torch.Tensor, ...], **options: Any
+) -> Call:
+    """A wrapper, its plan and its run; index: the tensors its plan begins with."""
+    sizes = (shape.page_size,) if shape.page_size else ()
+    heads = (shape.num_qo_heads, shape.num_kv_heads, shape.head_dim)
+    plan = partial(wrapper.plan, *index, *heads, *sizes, q_data_type=shape.dtype, kv_data_type=shape.dtype, **options)
+    out = nan_like(inputs.q)
+    return Call(plan, partial(wrapper.run, inputs.q, *inputs.kv, out=out), out)
+
+
 def call_decode(shape: AttentionShape, inputs: AttentionInputs) -> Call:
     """`BatchDecodeWithPagedKVCacheWrapper`."""
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(_workspace(inputs), "NHD")
-    plan = partial(
-        wrapper.plan,
-        inputs.kv_indptr,
-        inputs.kv_indices,
-        inputs.last_page_len,
-        shape.num_qo_heads,
-        shape.num_kv_heads,
-        shape.head_dim,
-        shape.page_size,
-        q_data_type=shape.dtype,
-        kv_data_type=shape.dtype,
-    )
-    out = nan_like(inputs.q)
-    return Call(plan, partial(wrapper.run, inputs.q, *inputs.kv, out=out), out)
+    return _bound(wrapper, shape, inputs, (inputs.kv_indptr, inputs.kv_indices, inputs.last_page_len))
 
 
-def call_prefill_paged(shape: AttentionShape, inputs: AttentionInputs, backend: str = "auto") -> Call:
-    """`BatchPrefillWithPagedKVCacheWrapper`; append is this with few query tokens."""
-    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(_workspace(inputs), "NHD", backend=backend)
-    plan = partial(
-        wrapper.plan,
-        inputs.qo_indptr,
-        inputs.kv_indptr,
-        inputs.kv_indices,
-        inputs.last_page_len,
-        shape.num_qo_heads,
-        shape.num_kv_heads,
-        shape.head_dim,
-        shape.page_size,
-        causal=shape.causal,
-        window_left=shape.window_left,
-        logits_soft_cap=shape.logits_soft_cap,
-        q_data_type=shape.dtype,
-        kv_data_type=shape.dtype,
-    )
-    out = nan_like(inputs.q)
-    return Call(plan, partial(wrapper.run, inputs.q, *inputs.kv, out=out), out)
-
-
-def call_prefill_ragged(shape: AttentionShape, inputs: AttentionInputs, backend: str = "auto") -> Call:
-    """`BatchPrefillWithRaggedKVCacheWrapper`."""
-    wrapper = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(_workspace(inputs), "NHD", backend=backend)
-    plan = partial(
-        wrapper.plan,
-        inputs.qo_indptr,
-        inputs.kv_indptr,
-        shape.num_qo_heads,
-        shape.num_kv_heads,
-        shape.head_dim,
-        causal=shape.causal,
-        window_left=shape.window_left,
-        logits_soft_cap=shape.logits_soft_cap,
-        q_data_type=shape.dtype,
-        kv_data_type=shape.dtype,
-    )
-    out = nan_like(inputs.q)
-    return Call(plan, partial(wrapper.run, inputs.q, *inputs.kv, out=out), out)
+def call_prefill(shape: AttentionShape, inputs: AttentionInputs, backend: str = "auto") -> Call:
+    """`BatchPrefillWithPagedKVCacheWrapper` or `...RaggedKVCacheWrapper`; append is this with few query tokens."""
+    if shape.page_size:
+        make: Any = flashinfer.BatchPrefillWithPagedKVCacheWrapper
+        index = (inputs.qo_indptr, inputs.kv_indptr, inputs.kv_indices, inputs.last_page_len)
+    else:
+        make = flashinfer.BatchPrefillWithRaggedKVCacheWrapper
+        index = (inputs.qo_indptr, inputs.kv_indptr)
+    masks = {"causal": shape.causal, "window_left": shape.window_left, "logits_soft_cap": shape.logits_soft_cap}
+    return _bound(make(_workspace(inputs), "NHD", backend=backend), shape, inputs, index, **masks)
 
 
 # ---- the reference
@@ -344,6 +311,24 @@ SDPA_CPU = Peer("sdpa", partial(_open_sdpa, backend=None, gather=False), _from_h
 GATHER_SDPA_CPU = Peer("gather_and_sdpa", partial(_open_sdpa, backend=None, gather=True), _from_heads_first)
 
 
+@contextmanager
+def _open_own(
+    shape: AttentionShape, inputs: AttentionInputs, other: Callable[[AttentionShape], AttentionShape]
+) -> Iterator[Callable[[], torch.Tensor]]:
+    """This package on another shape, with inputs of its own."""
+    shape = other(shape)
+    call = call_prefill(shape, make_attention(shape, torch.Generator(inputs.device)))
+    call.plan()
+    yield call.run
+
+
+def _own(name: str, other: Callable[[AttentionShape], AttentionShape]) -> Peer:
+    return Peer(name, partial(_open_own, other=other), None, other)
+
+
+OWN_RAGGED = _own("own_ragged", lambda shape: replace(shape, page_size=0))
+OWN_PLAIN = _own("own_plain", lambda shape: replace(shape, window_left=-1, logits_soft_cap=0.0))
+
 # ---- the table
 
 
@@ -354,6 +339,8 @@ def _row(
     if device == "cuda":
         peers = (SDPA_CUDNN, SDPA_FLASH) if shape.is_uniform else ()
         peers += (COPY,) if op == "decode" else ()
+        peers += (OWN_RAGGED,) if op == "prefill" and shape.page_size else ()
+        peers += (OWN_PLAIN,) if shape.window_left >= 0 or shape.logits_soft_cap else ()
     kv = f"page{shape.page_size}" if shape.page_size else "ragged"
     mask = "" if op == "decode" else "_causal" if shape.causal else "_full"
     mask += f"_window{shape.window_left}" if shape.window_left >= 0 else ""
@@ -379,16 +366,15 @@ def decode_row(
 
 def prefill_row(shape: AttentionShape, backend: str = "auto") -> Row:
     """Prefill on a GPU; another backend than the one chosen by itself shows in the name."""
-    call = call_prefill_paged if shape.page_size else call_prefill_ragged
     size = f"b{shape.batch_size}_s{shape.qo_lens[0]}"
-    row = _row("prefill", "cuda", shape, partial(call, backend=backend), size)
+    row = _row("prefill", "cuda", shape, partial(call_prefill, backend=backend), size)
     return row if backend == "auto" else replace(row, name=f"{row.name}_{backend}")
 
 
 def append_row(batch: int, qo_len: int, kv_len: int, page_size: int = 16) -> Row:
     """bf16 append: the last `qo_len` of `kv_len` tokens of each request, causal."""
     shape = AttentionShape((qo_len,) * batch, (kv_len,) * batch, 32, 8, 128, page_size, True, torch.bfloat16)
-    return _row("append", "cuda", shape, call_prefill_paged, f"b{batch}_q{qo_len}_l{kv_len}")
+    return _row("append", "cuda", shape, call_prefill, f"b{batch}_q{qo_len}_l{kv_len}")
 
 
 def skewed_kv_lens() -> tuple[int, ...]:
@@ -426,7 +412,8 @@ def _prefill_rows() -> Iterator[Row]:
     middle = prompts(4, 4096, HEADS, causal=True)
     yield prefill_row(replace(middle, logits_soft_cap=30.0))
     yield prefill_row(replace(middle, window_left=1023))
-    yield from (prefill_row(replace(middle, page_size=page_size), "fa2") for page_size in (0, 16))
+    yield from (prefill_row(replace(middle, page_size=page_size)) for page_size in (1, 8))
+    yield from (prefill_row(replace(middle, page_size=page_size), "fa2") for page_size in (0, 1, 16))
 
 
 ROWS: tuple[Row, ...] = (

@@ -1,43 +1,40 @@
 """Channels between the warps of a Hopper kernel: who may touch which shared memory, and when.
 
-One producer warp fills tiles by TMA; consumer warpgroups read them. "Full" is an mbarrier on which the bytes arrive.
-"Empty" is a named hardware barrier: mbarrier.arrive costs a barrier of the whole warpgroup in Gluon's lowering, a named
-one does not. The n-th tile of a ring lies in stage n modulo STAGES, a power of two; both sides count n alike.
-`tests/unit/test_channels.py` holds a model of the protocol.
+A producer fills tiles, by TMA or by asynchronous copies of its threads; consumer warpgroups read them. "Full" is an
+mbarrier on which the bytes arrive. "Empty" is a named hardware barrier: mbarrier.arrive costs a barrier of the whole
+warpgroup in Gluon's lowering, a named one does not. The n-th tile of a ring lies in stage n modulo STAGES, a power of
+two; both sides count n alike. `tests/unit/test_channels.py` holds a model of the protocol.
 """
 
 import math
 
-from flashinfer.device.gluon import aggregate, constructor, gl, jit, mbarrier
+from flashinfer.device.gluon import aggregate, async_copy, constexpr_function, fence_async_shared, gl, jit, mbarrier
 
-PRODUCER_THREADS = gl.constexpr(32)
 CONSUMER_THREADS = gl.constexpr(128)
+
+
+@jit
+def _named_barrier(WHAT: gl.constexpr, barrier, threads):
+    gl.inline_asm_elementwise(
+        "bar." + WHAT + " $1, $2; mov.u32 $0, $1;",
+        "=r,r,r,~{memory}",
+        [gl.to_tensor(barrier), gl.to_tensor(threads)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
 
 
 @jit
 def named_sync(barrier, threads):
     """Wait on hardware barrier `barrier` until `threads` threads have come to it, those that only arrive included."""
-    gl.inline_asm_elementwise(
-        "bar.sync $1, $2; mov.u32 $0, $1;",
-        "=r,r,r,~{memory}",
-        [gl.to_tensor(barrier), gl.to_tensor(threads)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    _named_barrier("sync", barrier, threads)
 
 
 @jit
 def named_arrive(barrier, threads):
     """Count the calling threads at hardware barrier `barrier` and go on."""
-    gl.inline_asm_elementwise(
-        "bar.arrive $1, $2; mov.u32 $0, $1;",
-        "=r,r,r,~{memory}",
-        [gl.to_tensor(barrier), gl.to_tensor(threads)],
-        dtype=gl.int32,
-        is_pure=False,
-        pack=1,
-    )
+    _named_barrier("arrive", barrier, threads)
 
 
 @aggregate
@@ -45,7 +42,8 @@ class Ring:
     """Tiles that go from the producer to every consumer.
 
     parts `[stages * PARTS, rows, columns]`: as the consumers read them. boxes: the same memory as TMA fills it, BOXES a
-    tile. full: one mbarrier a stage. EMPTY: hardware barrier of stage 0, the next ones are those of the next stages.
+    tile. full: one mbarrier a stage, of count 1 under TMA, else of one a producer thread. EMPTY: hardware barrier of
+    stage 0, the next ones are those of the next stages. COPIED: the producer's threads copy, instead of TMA.
     """
 
     parts: gl.shared_memory_descriptor
@@ -58,9 +56,10 @@ class Ring:
     BYTES: gl.constexpr
     EMPTY: gl.constexpr
     THREADS: gl.constexpr
+    COPIED: gl.constexpr
 
-    @constructor
-    def __init__(self, parts, boxes, full, STAGES, EMPTY, CONSUMERS):
+    @constexpr_function
+    def __init__(self, parts, boxes, full, STAGES, EMPTY, CONSUMERS, PRODUCER_THREADS, COPIED):
         self.parts = parts
         self.boxes = boxes
         self.full = full
@@ -70,7 +69,8 @@ class Ring:
         self.BOXES = gl.constexpr(boxes.shape[0] // STAGES)
         self.BYTES = gl.constexpr(math.prod(parts.shape) // STAGES * parts.dtype.primitive_bitwidth // 8)
         self.EMPTY = gl.constexpr(EMPTY)
-        self.THREADS = gl.constexpr(CONSUMERS * CONSUMER_THREADS.value + PRODUCER_THREADS.value)
+        self.THREADS = gl.constexpr(CONSUMERS * CONSUMER_THREADS.value + PRODUCER_THREADS)
+        self.COPIED = gl.constexpr(COPIED)
 
     @jit
     def stage(self, n):
@@ -78,9 +78,13 @@ class Ring:
 
     @jit
     def acquire(self, n):
-        """Producer: wait until the stage of tile n is free, and announce the tile's bytes."""
+        """Producer: wait until the stage of tile n is free."""
         if n >= self.STAGES:
             named_sync(self.EMPTY + self.stage(n), self.THREADS)
+
+    @jit
+    def expect(self, n):
+        """Producer, before TMA: announce the bytes of tile n."""
         mbarrier.expect(self.full.index(self.stage(n)), self.BYTES)
 
     @jit
@@ -94,6 +98,11 @@ class Ring:
         return self.full.index(self.stage(n))
 
     @jit
+    def deliver(self, n):
+        """Producer, after its copies: tile n is full once those of all threads have landed; nothing waits."""
+        async_copy.mbarrier_arrive(self.full.index(self.stage(n)), increment_count=False)
+
+    @jit
     def drain(self, n):
         """Producer: after n tiles, meet the consumers' last releases; a barrier must not be left half counted."""
         for i in range(gl.maximum(n - self.STAGES, 0), n):
@@ -103,10 +112,13 @@ class Ring:
     def wait(self, n, pred=True):
         """Consumer: wait until tile n has arrived, if `pred`."""
         mbarrier.wait(self.full.index(self.stage(n)), (n >> self.SHIFT) & 1, pred=pred)
+        if self.COPIED:
+            # Threads write through the generic proxy, products read through the asynchronous one.
+            fence_async_shared()
 
     @jit
     def part(self, n, i):
-        """Consumer: part i of tile n, after `wait`."""
+        """Part i of tile n: for consumers after `wait`, for a copying producer after `acquire`."""
         return self.parts.index(self.stage(n) * self.PARTS + i)
 
     @jit
@@ -127,7 +139,7 @@ class Turns:
     ME: gl.constexpr
     COUNT: gl.constexpr
 
-    @constructor
+    @constexpr_function
     def __init__(self, FIRST, ME, COUNT):
         self.FIRST = gl.constexpr(FIRST)
         self.ME = gl.constexpr(ME)

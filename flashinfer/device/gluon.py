@@ -7,13 +7,14 @@ from typing import Any
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia import ampere, hopper
 
 jit = gluon.jit
 aggregate: Any = getattr(gluon, "aggregate", None) or tl.core._aggregate
-# An aggregate's constructor runs in Python, at compile time.
-constructor = gluon.constexpr_function
+# Runs in Python, at compile time: constexpr_functions of aggregates, layouts.
+constexpr_function = gluon.constexpr_function
 mbarrier = hopper.mbarrier
+async_copy = ampere.async_copy
 fence_async_shared = hopper.fence_async_shared
 warpgroup_mma = hopper.warpgroup_mma
 warpgroup_mma_wait = hopper.warpgroup_mma_wait
@@ -27,7 +28,8 @@ reinterpret: Any = getattr(_descriptor, "reinterpret", None) or _descriptor._rei
 partition_barrier: Any = getattr(gl, "barrier", None) or gl.thread_barrier
 __all__ = [
     "aggregate",
-    "constructor",
+    "async_copy",
+    "constexpr_function",
     "fence_async_shared",
     "gl",
     "jit",

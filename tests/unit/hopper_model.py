@@ -87,14 +87,14 @@ class Gpu:
             actor = self.rng.choices(actors, [pace[a] for a in actors])[0]
             if isinstance(actor, str):
                 self.step(self.roles[actor])
-            else:  # products end in order, TMA boxes in any
+            else:  # TMA boxes end in any order
                 flights = self.flights[actor]
-                flights.pop(0 if actor[1] == "product" else self.rng.randrange(len(flights)))()
+                flights.pop(self.rng.randrange(len(flights)) if actor[1] in ("load", "store") else 0)()
 
     def step(self, role: Role) -> None:
         operation = next(role.steps, None)
         if operation is None:
-            left = [kind for kind in ("load", "store", "product") if self.in_flight(role, kind)]
+            left = [kind for kind in ("load", "copy", "store", "product") if self.in_flight(role, kind)]
             check(not left, f"{role.name} left with a {left} in flight")
             del self.roles[role.name]
         else:
@@ -172,12 +172,16 @@ class Part(list[Box]):
         return operation
 
 
+def _overwrite(gpu: Gpu, me: Role, tile: Tile, box: Box) -> None:
+    check(not box.readers, f"{tile} overwrites {box.holds} while it is read")
+    check(not box.owners and not box.loading, f"{tile} overwrites {box.holds} before its release")
+    box.holds, box.loading = None, True
+    box.owners = set(gpu.roles) - {me.name}
+
+
 def tma_load(tile: Tile, landing: mbarrier, box: Box) -> Operation:
     def operation(gpu: Gpu, me: Role) -> None:
-        check(not box.readers, f"{tile} overwrites {box.holds} while it is read")
-        check(not box.owners and not box.loading, f"{tile} overwrites {box.holds} before its release")
-        box.holds, box.loading = None, True
-        box.owners = set(gpu.roles) - {me.name}
+        _overwrite(gpu, me, tile, box)
 
         def land() -> None:
             box.holds, box.loading = tile, False
@@ -186,6 +190,28 @@ def tma_load(tile: Tile, landing: mbarrier, box: Box) -> Operation:
         gpu.fly(me, "load", land)
 
     return operation
+
+
+class async_copy:
+    """Copies by threads. An arrival comes when all copies before it have landed, so that one queue can hold both."""
+
+    @staticmethod
+    def async_copy_global_to_shared(part: Part, tile: Tile) -> Operation:
+        def operation(gpu: Gpu, me: Role) -> None:
+            for box in part:
+                _overwrite(gpu, me, tile, box)
+
+            def land() -> None:
+                for box in part:
+                    box.holds, box.loading = tile, False
+
+            gpu.fly(me, "copy", land)
+
+        return operation
+
+    @staticmethod
+    def mbarrier_arrive(landing: mbarrier) -> Operation:
+        return lambda gpu, me: gpu.fly(me, "copy", lambda: landing.update(1, 0))
 
 
 def tma_store(tile: Tile, box: Box) -> Operation:

@@ -196,8 +196,9 @@ def test_index_arrays_are_on_the_host_and_few_first_calls_are_timed() -> None:
 def test_speedup_is_the_peers_time_over_ours() -> None:
     chosen = run._settings(run._parse(QUICK))
     short, long = partial(time.sleep, 0.002), partial(time.sleep, 0.02)
-    assert 3 < run.time_against(long, short, 1.0, chosen)["speedup"] < 30
-    assert 1 / 30 < run.time_against(short, long, 1.0, chosen)["speedup"] < 1 / 3
+    assert 3 < run.time_against(long, short, chosen)["speedup"] < 30
+    assert 1 / 30 < run.time_against(short, long, chosen)["speedup"] < 1 / 3
+    assert 3 / 4 < run.time_against(long, short, chosen, work=0.25)["speedup"] < 30 / 4
 
 
 def test_a_right_row_is_timed_and_every_field_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

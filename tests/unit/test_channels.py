@@ -1,9 +1,9 @@
 """The barriers of the Hopper prefill under random schedules: who may touch which shared memory, and when.
 
-`Ring`, `Turns` and the functions below mirror `device/channels.py` and `ops/attention/gluon_sm90/kernel.py`, name by
-name, less the arithmetic. `test_model_mirrors_the_kernel` compares the operations, their order, and the loops and
-conditions around them; the numbers of barriers and threads that `Ring` and `prefill_kernel` set are the reader's to
-compare.
+`Ring`, `Turns` and the functions below mirror `device/channels.py` and the kernel and its producers in
+`ops/attention/gluon_sm90`, name by name, less the arithmetic. `test_model_mirrors_the_kernel` compares the operations,
+their order, and the loops and conditions around them; the numbers of barriers and threads that `Ring` and
+`prefill_kernel` set are the reader's to compare.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tests.unit.hopper_model import (
     Role,
     Steps,
     Tile,
+    async_copy,
     check,
     mbarrier,
     named_arrive,
@@ -40,14 +41,13 @@ from tests.unit.hopper_model import (
 )
 from tests.unit.outline import outline
 
-PRODUCER_THREADS, CONSUMER_THREADS, FIRST_BARRIER = 32, 128, 6
+TMA_THREADS, COPYING_THREADS, CONSUMER_THREADS, GROUPS, FIRST_BARRIER = 32, 128, 128, 2, 6
 HALVES, AHEAD = 2, 2
 
 
 class Config(NamedTuple):
     """As `GluonConfig`, of small tiles."""
 
-    groups: int = 2
     stages: int = 2
     q_stages: int = 2
     share_out: bool = False
@@ -73,13 +73,13 @@ class Barriers(list[mbarrier]):
 
 
 class Ring:
-    def __init__(self, STAGES: int, PARTS: int, BOXES: int, EMPTY: int, CONSUMERS: int) -> None:
+    def __init__(self, STAGES: int, PARTS: int, BOXES: int, EMPTY: int, PRODUCER_THREADS: int) -> None:
         self.boxes = [Box() for _ in range(STAGES * BOXES)]
         self.full = Barriers(mbarrier() for _ in range(STAGES))
         self.STAGES, self.PARTS, self.BOXES, self.EMPTY = STAGES, PARTS, BOXES, EMPTY
         self.SHIFT = STAGES.bit_length() - 1
         self.BYTES = BOXES * BOX_BYTES
-        self.THREADS = CONSUMERS * CONSUMER_THREADS + PRODUCER_THREADS
+        self.THREADS = GROUPS * CONSUMER_THREADS + PRODUCER_THREADS
 
     def stage(self, n: int) -> int:
         return n & (self.STAGES - 1)
@@ -87,7 +87,12 @@ class Ring:
     def acquire(self, n: int) -> Steps:
         if n >= self.STAGES:
             yield named_sync(self.EMPTY + self.stage(n), self.THREADS)
+
+    def expect(self, n: int) -> Steps:
         yield mbarrier.expect(self.full.index(self.stage(n)), self.BYTES)
+
+    def deliver(self, n: int) -> Steps:
+        yield async_copy.mbarrier_arrive(self.full.index(self.stage(n)))
 
     def box(self, n: int, i: int) -> Box:
         return self.boxes[self.stage(n) * self.BOXES + i]
@@ -148,31 +153,64 @@ Channels = tuple[Ring, Ring, Ring]
 Operand = tuple[Part, Tile]
 
 
+def _queries(q_desc: str, queries: Ring, n: int, cfg: Config) -> Steps:
+    PARTS = GROUPS * HALVES
+    yield from queries.acquire(n)
+    yield from queries.expect(n)
+    for i in range(PARTS):
+        yield tma_load((q_desc, n, i // HALVES), queries.landing(n), queries.box(n, i))
+
+
 def _fill(desc: str, ring: Ring, n: int, place: tuple[int, int], cfg: Config) -> Steps:
     """place: work item, first token."""
     BOXES = cfg.block_n // cfg.box
     for b in range(BOXES // AHEAD):
         if b == 0:
             yield from ring.acquire(n)
+            yield from ring.expect(n)
         for x in range(AHEAD):
             for h in range(HALVES):
                 yield tma_load((desc, *place), ring.landing(n), ring.box(n, h * BOXES + b * AHEAD + x))
 
 
-def _producer(channels: Channels, items: list[Item], cfg: Config) -> Steps:
+def tma_producer(channels: Channels, items: list[Item], cfg: Config) -> Steps:
+    q_desc, k_desc, v_desc = "Q", "K", "V"
     queries, keys, values = channels
     done = 0
     for n in range(0, len(items)):
         kv_tiles = items[n].kv_tiles
         last = items[n].kv_tile + kv_tiles - 1
-        yield from queries.acquire(n)
-        for i in range(cfg.groups * HALVES):
-            yield tma_load(("Q", n, i // HALVES), queries.landing(n), queries.box(n, i))
+        yield from _queries(q_desc, queries, n, cfg)
         for j in range(0, kv_tiles + 1):
             if j < kv_tiles:
-                yield from _fill("K", keys, done + j, (n, (last - j) * cfg.block_n), cfg)
+                yield from _fill(k_desc, keys, done + j, (n, (last - j) * cfg.block_n), cfg)
             if j > 0:
-                yield from _fill("V", values, done + j - 1, (n, (last - j + 1) * cfg.block_n), cfg)
+                yield from _fill(v_desc, values, done + j - 1, (n, (last - j + 1) * cfg.block_n), cfg)
+        done += kv_tiles
+    yield from queries.drain(len(items))
+    yield from keys.drain(done)
+    yield from values.drain(done)
+
+
+def _copy(cache: str, ring: Ring, n: int, place: tuple[int, int], cfg: Config) -> Steps:
+    yield from ring.acquire(n)
+    yield async_copy.async_copy_global_to_shared(ring.part(n, 0), (cache, *place))
+    yield from ring.deliver(n)
+
+
+def copying_producer(channels: Channels, items: list[Item], cfg: Config) -> Steps:
+    q_desc, k, v = "Q", "K", "V"
+    queries, keys, values = channels
+    done = 0
+    for n in range(0, len(items)):
+        kv_tiles = items[n].kv_tiles
+        last = items[n].kv_tile + kv_tiles - 1
+        yield from _queries(q_desc, queries, n, cfg)
+        for j in range(0, kv_tiles + 1):
+            if j < kv_tiles:
+                yield from _copy(k, keys, done + j, (n, (last - j) * cfg.block_n), cfg)
+            if j > 0:
+                yield from _copy(v, values, done + j - 1, (n, (last - j + 1) * cfg.block_n), cfg)
         done += kv_tiles
     yield from queries.drain(len(items))
     yield from keys.drain(done)
@@ -217,7 +255,7 @@ def _write(o: Tile, item: Item, outputs: Ring, outlet: int, CID: int, cfg: Confi
 
 def _consumer(channels: Channels, outputs: Ring, items: list[Item], CID: int, cfg: Config) -> Steps:
     queries, keys, values = channels
-    turns = Turns(FIRST_BARRIER, CID, cfg.groups)
+    turns = Turns(FIRST_BARRIER, CID, GROUPS)
     if cfg.turns:
         yield from turns.begin()
     done = 0
@@ -235,10 +273,11 @@ def _consumer(channels: Channels, outputs: Ring, items: list[Item], CID: int, cf
             yield from turns.give()
         yield warpgroup_mma_wait(0)
         yield from keys.release(done)
-        rest = kv_len - last * cfg.block_n
-        if (rest < cfg.block_n) & (rest % cfg.box != 0):
-            yield from values.wait(done)
-            yield from _zero_tail(values, done, rest, ("V", n, last * cfg.block_n), cfg)
+        if cfg.box > 0:
+            rest = kv_len - last * cfg.block_n
+            if (rest < cfg.block_n) & (rest % cfg.box != 0):
+                yield from values.wait(done)
+                yield from _zero_tail(values, done, rest, ("V", n, last * cfg.block_n), cfg)
         yield from keys.wait(done + 1, kv_tiles > 1)
         for j in range(1, kv_tiles):  # the kernel has three such loops, which differ in their masks
             yield from _step(q, channels, done + j, end, ("K", n, (last - j) * cfg.block_n), turns, cfg)
@@ -260,26 +299,30 @@ def _consumer(channels: Channels, outputs: Ring, items: list[Item], CID: int, cf
     yield tma_store_wait(0)
 
 
-def _ring(STAGES: int, PARTS: int, boxes: int, FIRST: int, cfg: Config) -> Ring:
-    return Ring(STAGES, PARTS, HALVES * PARTS * boxes, FIRST, cfg.groups)
+def _ring(STAGES: int, PARTS: int, rows: int, BOX: int, FIRST: int, cfg: Config) -> Ring:
+    THREADS = TMA_THREADS if cfg.box else COPYING_THREADS
+    return Ring(STAGES, PARTS, PARTS * (HALVES * (rows // BOX) if BOX else 1), FIRST, THREADS)
 
 
 def prefill_kernel(gpu: Gpu, items: list[Item], cfg: Config) -> None:
     """Run one program to its end and look at what it leaves."""
-    first_empty = FIRST_BARRIER + cfg.groups
-    queries = _ring(cfg.q_stages, cfg.groups, 1, first_empty, cfg)
-    keys = _ring(cfg.stages, 1, cfg.block_n // cfg.box, first_empty + cfg.q_stages, cfg)
-    values = _ring(cfg.stages, 1, cfg.block_n // cfg.box, first_empty + cfg.q_stages + cfg.stages, cfg)
-    outputs = queries if cfg.share_out else _ring(1, cfg.groups, 1, first_empty, cfg)
+    first_empty = FIRST_BARRIER + GROUPS
+    queries = _ring(cfg.q_stages, GROUPS, cfg.rows, cfg.rows, first_empty, cfg)
+    keys = _ring(cfg.stages, 1, cfg.block_n, cfg.box, first_empty + cfg.q_stages, cfg)
+    values = _ring(cfg.stages, 1, cfg.block_n, cfg.box, first_empty + cfg.q_stages + cfg.stages, cfg)
+    outputs = queries if cfg.share_out else _ring(1, GROUPS, cfg.rows, cfg.rows, first_empty, cfg)
     channels = (queries, keys, values)
-    gpu.start("producer", 1, _producer(channels, items, cfg))
-    for CID in range(cfg.groups):
+    if cfg.box:
+        gpu.start("producer", 1, tma_producer(channels, items, cfg))
+    else:
+        gpu.start("producer", 4, copying_producer(channels, items, cfg))
+    for CID in range(GROUPS):
         gpu.start(f"consumer {CID}", 4, _consumer(channels, outputs, items, CID, cfg))
     gpu.run()
     check(not any(at.came for at in gpu.barriers), "a named barrier is left half counted")
     for ring in channels:
         check(not any(at.arrivals or at.bytes for at in ring.full), "an mbarrier is left in the middle of a phase")
-    written = {("O", n, CID): HALVES for n in range(len(items)) for CID in range(cfg.groups)}
+    written = {("O", n, CID): HALVES for n in range(len(items)) for CID in range(GROUPS)}
     check(gpu.written == written, "outputs are missing or written twice")
 
 
@@ -293,13 +336,13 @@ def draw_items(rng: random.Random, cfg: Config) -> list[Item]:
         kv_tile, kv_tiles = rng.randint(0, 3), rng.choice([1, 1, 2, 3, 5])
         end = (kv_tile + kv_tiles) * cfg.block_n
         kv_len = rng.choice([end, end - rng.randint(1, cfg.block_n - 1), end + 20])
-        items.append(Item(0, kv_tile, kv_tiles, kv_len, rng.randint(1, (cfg.groups + 1) * cfg.rows)))
+        items.append(Item(0, kv_tile, kv_tiles, kv_len, rng.randint(1, (GROUPS + 1) * cfg.rows)))
     return items
 
 
 CONFIGS = [
-    Config(groups, stages, q_stages, share_out, turns)
-    for groups in (2, 3)
+    Config(stages, q_stages, share_out, turns, box=box)
+    for box in (0, 2)
     for stages in (1, 2)
     for q_stages in (1, 2)
     for share_out in (False, True)
@@ -321,8 +364,8 @@ def no_wait(_: int) -> Operation:
     return lambda gpu, me: None
 
 
-def acquire_at_once(ring: Ring, n: int) -> Steps:
-    yield mbarrier.expect(ring.full.index(ring.stage(n)), ring.BYTES)
+def deliver_at_once(ring: Ring, n: int) -> Steps:
+    yield lambda gpu, me: ring.full.index(ring.stage(n)).update(1, 0)
 
 
 def wait_for_the_other_phase(ring: Ring, n: int, pred: bool = True) -> Steps:
@@ -336,12 +379,16 @@ def give_twice(turns: Turns) -> Steps:
 
 HERE = sys.modules[__name__]
 SHARED = Config(share_out=True, q_stages=1)
+COPIED = Config(box=0)
 MUTANTS = {
     "released before the read completed": (HERE, "warpgroup_mma_wait", no_wait, Config(), "while it is read"),
     "released before the output left": (HERE, "tma_store_wait", no_wait, SHARED, r"'Q'.*overwrites.*'O'.*while"),
     "output buffer in use": (HERE, "tma_store_wait", no_wait, Config(), "stored into a box in use"),
     "no drain": (Ring, "drain", no_steps, Config(), "half counted"),
-    "acquires at once": (Ring, "acquire", acquire_at_once, Config(), "before its release|arrived at twice"),
+    "acquires at once": (Ring, "acquire", no_steps, Config(), "before its release|arrived at twice"),
+    "copies at once": (Ring, "acquire", no_steps, COPIED, "before its release|arrived at twice"),
+    "delivers before its copies land": (Ring, "deliver", deliver_at_once, COPIED, "reads None and means"),
+    "never delivers": (Ring, "deliver", no_steps, COPIED, "deadlock"),
     "waits for the other phase": (Ring, "wait", wait_for_the_other_phase, Config(), "reads None and means"),
     "does not wait for tiles": (Ring, "wait", no_steps, Config(), "reads None and means"),
     "never releases": (Ring, "release", no_steps, Config(), "deadlock"),
@@ -349,8 +396,9 @@ MUTANTS = {
     "keeps the turn": (Turns, "give", no_steps, Config(), "deadlock"),
     "nobody begins": (Turns, "begin", no_steps, Config(), "deadlock"),
     "nobody takes the last turn": (Turns, "end", no_steps, Config(), "half counted"),
-    "producer not counted": (HERE, "PRODUCER_THREADS", 0, Config(), "more threads at a barrier than it counts"),
-    "too many counted": (HERE, "PRODUCER_THREADS", 64, Config(), "deadlock"),
+    "producer not counted": (HERE, "TMA_THREADS", 0, Config(), "more threads at a barrier than it counts"),
+    "too many counted": (HERE, "TMA_THREADS", 64, Config(), "deadlock"),
+    "copying warps not counted": (HERE, "COPYING_THREADS", 32, COPIED, "more threads at a barrier than it counts"),
     "turns count one warp": (HERE, "CONSUMER_THREADS", 32, Config(), "more threads at a barrier than it counts"),
 }
 
@@ -373,14 +421,17 @@ def test_mutants_fail(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 PACKAGE = Path(__file__).parents[2] / "flashinfer"
-KERNEL = ("_fill", "_producer", "_zero_tail", "_step", "_write", "_consumer")
-CHANNELS = [f"Ring.{x}" for x in ("acquire", "drain", "wait", "release")]
-CHANNELS += [f"Turns.{x}" for x in ("begin", "take", "give", "end")]
+HOPPER = "ops/attention/gluon_sm90"
+SOURCES = {
+    "device/channels.py": [f"Ring.{x}" for x in ("acquire", "expect", "deliver", "drain", "wait", "release")]
+    + [f"Turns.{x}" for x in ("begin", "take", "give", "end")],
+    f"{HOPPER}/producer.py": ["_queries", "_fill", "tma_producer", "_copy", "copying_producer"],
+    f"{HOPPER}/kernel.py": ["_zero_tail", "_step", "_write", "_consumer"],
+}
 
 
-@pytest.mark.parametrize("function", [*CHANNELS, *KERNEL])
-def test_model_mirrors_the_kernel(function: str) -> None:
-    file = "ops/attention/gluon_sm90/kernel.py" if function in KERNEL else "device/channels.py"
-    expected = outline(PACKAGE / file, function, {"_rounds(num_tiles, heads, cfg)": "len(items)"})
+@pytest.mark.parametrize(("file", "function"), [(file, name) for file, names in SOURCES.items() for name in names])
+def test_model_mirrors_the_kernel(file: str, function: str) -> None:
+    expected = outline(PACKAGE / file, function, {"rounds(num_tiles, heads, cfg)": "len(items)"})
     assert expected
     assert outline(Path(__file__), function) == expected

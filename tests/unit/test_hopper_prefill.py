@@ -27,7 +27,6 @@ SPEC = AttentionSpec(32, 8, 128, 128, 16, True, *[torch.bfloat16] * 3)
         ({"head_dim_qk": 80, "head_dim_vo": 80}, "head_dim"),
         ({"kv_dtype": torch.float8_e4m3fn}, "16-bit"),
         ({"q_dtype": torch.float16}, "16-bit"),
-        ({"page_size": 12}, "multiple of 8"),
         ({"rotates": True}, "rotated"),
         ({"uniform_qo_len": 1}, "decode"),
         ({"workload": Workload(64, 1 << 20)}, "fewer than 128 queries"),

@@ -129,7 +129,7 @@ class Session:
         q, k, v = qkv
         # Layers of a model come with the same layouts: what was checked for one need not be checked for the next.
         layouts = [(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v, out, lse) if x is not None]
-        addresses = tuple(x.data_ptr() % 16 for x in qkv)
+        addresses = tuple(x.data_ptr() % 16 for x in (*qkv, out) if x is not None)
         if layouts != self._checked or addresses != self._addresses:
             self._check(q, k, v, out, lse)
             self._settle(Tensors(q, k, v, q if out is None else out, lse))

@@ -61,8 +61,6 @@ def _hopper_problem(spec: AttentionSpec) -> str | None:
         return "wgmma takes both operands in one 16-bit type, and TMA copies without converting"
     if spec.head_dim_qk != spec.head_dim_vo or spec.head_dim_qk not in HOPPER_HEAD_DIMS:
         return f"tiles are powers of two wide: head_dim must be one of {HOPPER_HEAD_DIMS}, the same for K and V"
-    if spec.paged and spec.page_size % 8:
-        return "a TMA box of fewer than 8 tokens breaks the 128-byte swizzle: page_size must be a multiple of 8"
     if spec.rotates:
         return "keys go from TMA to wgmma without passing registers, where they would be rotated"
     if spec.uniform_qo_len is not None:

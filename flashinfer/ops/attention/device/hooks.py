@@ -11,19 +11,20 @@ import triton
 import triton.language as tl
 
 from flashinfer.core.launch import alignment
-from flashinfer.ops.attention.device.factors import LOG2_E
+from flashinfer.ops.attention.device.arguments import LOG2_E
 from flashinfer.ops.attention.variant import Variant
 
 
 class Hook(NamedTuple):
     """One function of a variant and the values it captured; Triton keys the function by its source.
 
-    unit: (inner, outer) of a logits hook that has them (see `variant.Part`), else ().
+    unit: (inner, outer) of a logits hook that has them (see `variant.Part`), else (). bounds: of the same part.
     """
 
     fn: tl.constexpr
     captured: tuple[Any, ...]
     unit: tuple[float, ...]
+    bounds: tl.constexpr
 
 
 class Hooks(NamedTuple):
@@ -45,9 +46,19 @@ def _compiled(function: Callable[..., Any]) -> Any:
     return triton.jit(function)
 
 
+def _nothing_known(captured, q_lo, q_hi, qo_len, kv_len):
+    """The bounds of a part without: the mask may be False anywhere."""
+    return 0, kv_len, 0, 0
+
+
 def _hooks(variant: Variant, hook: str) -> tuple[Hook, ...]:
     return tuple(
-        Hook(_compiled(getattr(part, hook)), part.captured, part.unit if hook == "logits" and part.unit else ())
+        Hook(
+            _compiled(getattr(part, hook)),
+            part.captured,
+            part.unit if hook == "logits" and part.unit else (),
+            _compiled(part.bounds or _nothing_known),
+        )
         for part in variant.having(hook)
     )
 

@@ -13,13 +13,12 @@ from typing import NamedTuple
 
 from flashinfer.ops.attention.device.hooks import Traits
 from flashinfer.ops.attention.device.planner import PlannerConfig
-from flashinfer.ops.attention.gluon_sm90.kernel import GluonConfig
+from flashinfer.ops.attention.gluon_sm90.kernel import GROUPS, GluonConfig
 from flashinfer.ops.attention.spec import AttentionSpec
+from flashinfer.ops.attention.support import HOPPER_QUERY_TILE
 
 # Tokens of a TMA box, at most.
 BOX = 64
-# Queries of a warpgroup; two warpgroups make a query tile.
-ROWS = 64
 # Query heads worked on side by side: their K and V share the L2 cache.
 HEAD_BLOCK = 8
 # Bytes of L2 that the K and V of one section of requests may fill.
@@ -68,22 +67,25 @@ def configured(spec: AttentionSpec, traits: Traits, schedule: Schedule) -> Gluon
     wide = spec.head_dim_qk > 128
     return GluonConfig(
         head_dim=spec.head_dim_qk,
-        groups=2,
-        rows=ROWS,
+        rows=HOPPER_QUERY_TILE // GROUPS.value,
         # Registers: a wide head's accumulator, or the bits of a mask for which there are no bounds, leave half.
         block_n=64 if wide or not traits.masks_have_bounds else 128,
         stages=2,
         q_stages=2 if schedule.persistent and not wide else 1,
-        box=math.gcd(spec.page_size, BOX) if spec.paged else BOX,
+        box=_box(spec.page_size) if spec.paged else BOX,
         page_size=spec.page_size if spec.paged else 0,
         head_block=HEAD_BLOCK if heads % HEAD_BLOCK == 0 and HEAD_BLOCK % group == 0 else heads,
         persistent=schedule.persistent,
         share_out=wide,
         natural_logits=traits.logits,
         masks_have_bounds=traits.masks_have_bounds,
-        registers=240,
         turns=schedule.turns,
     )
+
+
+def _box(page_size: int) -> int:
+    """Tokens of a box of a page; 0 where none keeps the 128-byte swizzle, which repeats every 8 tokens."""
+    return math.gcd(page_size, BOX) if page_size % 8 == 0 else 0
 
 
 @cache
@@ -93,7 +95,7 @@ def planner_config(spec: AttentionSpec, config: GluonConfig) -> PlannerConfig:
         num_kv_heads=spec.num_qo_heads,
         group=1,
         page_size=spec.page_size,
-        block_m=config.groups * config.rows,
+        block_m=HOPPER_QUERY_TILE,
         block_n=config.block_n,
         item_cost=0,
         masks_have_bounds=config.masks_have_bounds,

@@ -9,14 +9,15 @@ import torch
 import triton
 
 from flashinfer.ops.attention import variants
-from flashinfer.ops.attention.device.factors import Factors
+from flashinfer.ops.attention.device.arguments import Factors, Output
 from flashinfer.ops.attention.device.fill import BLOCK, fill_kernel
 from flashinfer.ops.attention.device.hooks import hooks_of, traits_of
 from flashinfer.ops.attention.device.planner import PLANNER_BLOCK, ScheduleTables
 from flashinfer.ops.attention.gluon_sm90.configs import choose
-from flashinfer.ops.attention.gluon_sm90.kernel import Heads, Output, Tiles, prefill_kernel
-from flashinfer.ops.attention.gluon_sm90.launch import BOX_COLUMNS, MAX_REGISTERS, box_layout
+from flashinfer.ops.attention.gluon_sm90.kernel import MAX_REGISTERS, Heads, Tiles, prefill_kernel
+from flashinfer.ops.attention.gluon_sm90.launch import box_layout
 from flashinfer.ops.attention.gluon_sm90.order import order_kernel
+from flashinfer.ops.attention.gluon_sm90.producer import BOX_COLUMNS, Cache
 from flashinfer.ops.attention.spec import AttentionSpec
 from flashinfer.ops.attention.support import hopper_compiler_problem
 from flashinfer.ops.attention.variant import Variant
@@ -43,6 +44,10 @@ def _problems() -> Iterator[Problem]:
     yield Problem("causal", causal)
     yield Problem("causal_page16", causal, 16)
     yield Problem("causal_page1024_fp16", causal, 1024, dtype=torch.float16)
+    yield Problem("causal_page1", causal, 1)
+    yield Problem("causal_d64_page5", causal, 5, head_dim=64)
+    yield Problem("causal_d256_page1", causal, 1, head_dim=256)
+    yield Problem("mask_page1", variants.custom_mask(meta.to(torch.uint8), meta.to(torch.int32)), 1)
     yield Problem("full_d64", Variant(), head_dim=64)
     yield Problem("causal_d64", causal, head_dim=64)
     yield Problem("full_d256", Variant(), head_dim=256)
@@ -58,11 +63,13 @@ def cases() -> Iterator[GateCase]:
     # A version that `support` refuses has to compile the kernel, no more.
     spills = None if hopper_compiler_problem(triton.__version__) is None else 1 << 20
     for problem in _problems():
-        arguments = _arguments(problem)
-        groups = arguments["cfg"].value.groups
-        options = {"num_warps": 4, "maxnreg": MAX_REGISTERS[groups]}
         yield case_of(
-            f"prefill.{problem.name}", prefill_kernel, arguments, options=options, archs=HOPPER, max_spill_bytes=spills
+            f"prefill.{problem.name}",
+            prefill_kernel,
+            _arguments(problem),
+            options={"num_warps": 4, "maxnreg": MAX_REGISTERS},
+            archs=HOPPER,
+            max_spill_bytes=spills,
         )
     int32, int64 = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
     order = {
@@ -84,13 +91,15 @@ def _arguments(problem: Problem) -> dict[str, Any]:
     dtypes, head_dims = (problem.dtype,) * 3, (problem.head_dim,) * 2
     spec = AttentionSpec(32, 8, *head_dims, problem.page_size or 1, paged, *dtypes)
     cfg = choose(spec, traits_of(problem.variant))
-    rows = _descriptor(problem.dtype, (cfg.rows, 1, BOX_COLUMNS))
-    tokens = _descriptor(problem.dtype, (1, cfg.box, 1, BOX_COLUMNS))
+    rows = _descriptor(problem.dtype, (cfg.rows, 1, BOX_COLUMNS.value))
+    tokens: Any = Cache(torch.empty(0, dtype=problem.dtype), 16, 16, 16)
+    if cfg.box:
+        tokens = _descriptor(problem.dtype, (1, cfg.box, 1, BOX_COLUMNS.value))
     int32 = torch.empty(0, dtype=torch.int32)
     return {
         "q_desc": rows,
-        "k_desc": tokens,
-        "v_desc": tokens,
+        "k": tokens,
+        "v": tokens,
         "o_desc": rows,
         "output": Output(torch.empty(0, dtype=problem.dtype), 16, 16, torch.empty(0), 16),
         "work": Tiles(int32, int32),

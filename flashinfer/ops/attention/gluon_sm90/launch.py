@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashinfer.core.arch import arch_of
-from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.launch import Prebound, alignment, integer_classes
 from flashinfer.core.workspace import Arena
 from flashinfer.device.gluon import gl
-from flashinfer.ops.attention.device.factors import factors_of, needs_natural_logits
+from flashinfer.ops.attention.device.arguments import Factors, Output, call_key, config_for
 from flashinfer.ops.attention.device.hooks import Hooks, hooks_of, launch_key, traits_of
 from flashinfer.ops.attention.device.planner import PLANNER_BLOCK, launch_planner, planner_tables
 from flashinfer.ops.attention.gluon_sm90.configs import choose, planner_config, section_tokens
-from flashinfer.ops.attention.gluon_sm90.kernel import GluonConfig, Heads, Output, Tiles, prefill_kernel
+from flashinfer.ops.attention.gluon_sm90.kernel import MAX_REGISTERS, GluonConfig, Heads, Tiles, prefill_kernel
 from flashinfer.ops.attention.gluon_sm90.order import BINS, order_kernel
+from flashinfer.ops.attention.gluon_sm90.producer import BOX_COLUMNS, COPY, Cache
 from flashinfer.ops.attention.plan import RECORD_FIELDS
 from flashinfer.ops.attention.spec import AttentionSpec, Batch, Scales, Tensors
 from flashinfer.ops.attention.variant import Variant
 
-BOX_COLUMNS = 64
-# 65,536 registers among 4 warpgroups of up to so many threads: what each warp starts with; the roles then trade.
-MAX_REGISTERS = {2: 168, 3: 128}
 _launch_order = Prebound(order_kernel)
 _launch_prefill = Prebound(prefill_kernel)
 
@@ -81,22 +79,21 @@ def plan(spec: AttentionSpec, batch: Batch, variant: Variant, arena: Arena) -> G
 
 def run(spec: AttentionSpec, plan: GluonPlan, tensors: Tensors, variant: Variant, scales: Scales) -> None:
     """One launch; writes `tensors.out` and `tensors.lse`."""
-    q, k, v, out, lse = tensors
-    natural = needs_natural_logits(scales)
-    config = _natural(plan.config) if natural else plan.config
-    factors = factors_of(scales)
-    out_strides = out.stride()
-    lse_stride = 0 if lse is None else lse.stride(0)
-    optional = (lse is None, factors.logits_stride, factors.output_stride, scales.sinks is None)
-    key = (plan.key, natural, out_strides[0] % 16, out_strides[1] % 16, lse_stride % 16, optional, alignment(*tensors))
+    q, k, v, out, _ = tensors
     if not q.shape[0]:
         return
+    config = config_for(plan.config, scales)
+    output, factors = Output.of(tensors), Factors.of(scales)
+    keys, values = _source(k, config), _source(v, config)
+    # The strides of tensor maps are not compiled in, those of gathered tensors are.
+    strides = () if config.box else (integer_classes(keys[1:]), integer_classes(values[1:]))
+    key = (plan.key, config.natural_logits, strides, call_key(tensors, output, factors))
     arguments = (
-        _tensor_map(q, (config.rows, 1, BOX_COLUMNS)),
-        _kv_map(k, config),
-        _kv_map(v, config),
-        _tensor_map(out, (config.rows, 1, BOX_COLUMNS)),
-        Output(out, out_strides[0], out_strides[1], lse, lse_stride),
+        _tensor_map(q, (config.rows, 1, BOX_COLUMNS.value)),
+        keys,
+        values,
+        _tensor_map(out, (config.rows, 1, BOX_COLUMNS.value)),
+        output,
         plan.work,
         plan.kv_indices,
         Heads(spec.num_qo_heads, spec.group_size),
@@ -104,8 +101,7 @@ def run(spec: AttentionSpec, plan: GluonPlan, tensors: Tensors, variant: Variant
         factors,
         config,
     )
-    grid = (plan.num_programs, 1, 1)
-    _launch_prefill(grid, key, arguments, q.device, num_warps=4, maxnreg=MAX_REGISTERS[config.groups])
+    _launch_prefill((plan.num_programs, 1, 1), key, arguments, q.device, num_warps=4, maxnreg=MAX_REGISTERS)
 
 
 @cache
@@ -126,16 +122,13 @@ def _strides(x: torch.Tensor) -> list[int]:
     return [stride if size > 1 else x.shape[-1] for size, stride in zip(x.shape[:-1], x.stride(), strict=False)] + [1]
 
 
-def _kv_map(x: torch.Tensor, config: GluonConfig) -> TensorDescriptor:
-    """Pages as they are; ragged tokens are one long page."""
+def _source(x: torch.Tensor, config: GluonConfig) -> TensorDescriptor | Cache:
+    """K or V: pages as they are, by tensor map or to be gathered; ragged tokens are one long page."""
+    if config.box == 0:
+        return Cache(x, *(stride // COPY.value for stride in x.stride()[:3]))
     if x.shape[0] == 0:
         # No tensor map is that small. Nothing of it is seen: every request is without KV.
         x = x.new_zeros((1, *x.shape[1:]))
     if config.page_size == 0:
         x = x.transpose(0, 1)
-    return _tensor_map(x, (1, config.box, 1, BOX_COLUMNS))
-
-
-@cache
-def _natural(config: GluonConfig) -> GluonConfig:
-    return replace(config, natural_logits=True)
+    return _tensor_map(x, (1, config.box, 1, BOX_COLUMNS.value))

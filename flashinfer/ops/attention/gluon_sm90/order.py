@@ -13,7 +13,7 @@ import triton.language as tl
 # Bins of the sort: sections times lengths.
 SECTIONS = tl.constexpr(64)
 LENGTHS = tl.constexpr(64)
-BINS = 64 * 64
+BINS = SECTIONS.value * LENGTHS.value
 
 
 @triton.jit

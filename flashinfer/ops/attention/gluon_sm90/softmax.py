@@ -15,21 +15,62 @@ def row_sums(p, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @jit
-def transformed(s, item, begin, hooks, scale, MASK: gl.constexpr, cfg: gl.constexpr, SL: gl.constexpr):
-    """Products of the tile that begins at token `begin` to logits; masked ones -inf.
+def _pinned(x):
+    """x, by an instruction that stays where it is, and so keeps what depends on it inside of a branch."""
+    return gl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [gl.to_tensor(x)], dtype=gl.int32, is_pure=False, pack=1
+    )
 
-    item: (request, first query, query head, qo_len, kv_len) of the warpgroup's rows.
-    """
+
+@jit
+def _place(item, begin, cfg: gl.constexpr, SL: gl.constexpr):
+    """The `At` of a tile that begins at token `begin`."""
     request, q_lo, qo_head, qo_len, kv_len = item
     qo_idx = q_lo + gl.arange(0, cfg.rows, gl.SliceLayout(1, SL))
     kv_idx = begin + gl.arange(0, cfg.block_n, gl.SliceLayout(0, SL))
-    at = At(request, qo_idx[:, None], kv_idx[None, :], qo_head, qo_len, kv_len)
+    return At(request, qo_idx[:, None], kv_idx[None, :], qo_head, qo_len, kv_len)
+
+
+@jit
+def _masked_in_branches(s, item, begin, masks, END: gl.constexpr, cfg: gl.constexpr, SL: gl.constexpr):
+    """Each mask is computed only in tiles where its own bounds call for it."""
+    _, q_lo, _, qo_len, kv_len = item
+    end = begin + cfg.block_n
+    if END:
+        if end > kv_len:
+            s = gl.where(_place(item, _pinned(begin), cfg, SL).kv_idx < kv_len, s, float("-inf"))
+    q_hi = gl.minimum(q_lo + cfg.rows, qo_len)
+    for i in gl.static_range(len(masks)):
+        _, _, full_lo, full_hi = masks[i].bounds(masks[i].captured, q_lo, q_hi, qo_len, kv_len)
+        if (begin < full_lo) | (end > full_hi):
+            at = _place(item, _pinned(begin), cfg, SL)
+            s = gl.where(masks[i].fn(masks[i].captured, at), s, float("-inf"))
+    return s
+
+
+@jit
+def transformed(s, item, begin, hooks, scale, MASK: gl.constexpr, END: gl.constexpr, cfg: gl.constexpr,
+                SL: gl.constexpr):  # fmt: skip
+    """Products of the tile that begins at token `begin` to logits; masked ones -inf.
+
+    item: (request, first query, query head, qo_len, kv_len) of the warpgroup's rows. MASK: whether masks may be False
+    in this tile; END: whether the keys may end in it.
+    """
+    at = _place(item, begin, cfg, SL)
     if cfg.natural_logits:
         s = fold_logits(hooks.logits, s, scale, at)
     if MASK:
-        inside = (kv_idx < kv_len)[None, :]
-        s = gl.where(fold_mask(hooks.mask, inside, at), s, float("-inf"))
+        # Logits hooks and wide heads leave no registers for what lives across branches.
+        if cfg.natural_logits or cfg.head_dim > 128:
+            s = gl.where(fold_mask(hooks.mask, at.kv_idx < at.kv_len, at), s, float("-inf"))
+        else:
+            s = _masked_in_branches(s, item, begin, hooks.mask, END, cfg, SL)
     return s
+
+
+# What a row's maximum begins with and never falls below: finite, so that -inf - m needs no care. Below it lie products
+# of no use: 16-bit inputs that reach it are past 1e14.
+LOWEST = gl.constexpr(-1e30)
 
 
 @jit
@@ -37,8 +78,6 @@ def online(s, m_i, hooks, scale, cfg: gl.constexpr):
     """Weights of a tile under the new maximum, that maximum, and what it makes of older sums."""
     factor = exponent_factor(hooks.logits, scale, cfg.natural_logits)
     m_new = gl.maximum(m_i, gl.max(s, 1))
-    # Rows that have seen nothing yet have m = -inf, and -inf - -inf is NaN.
-    highest = gl.where(m_new == float("-inf"), 0.0, m_new)
-    p = gl.exp2(s * factor - (highest * factor)[:, None])
-    alpha = gl.exp2((m_i - highest) * factor)
+    p = gl.exp2(s * factor - (m_new * factor)[:, None])
+    alpha = gl.exp2((m_i - m_new) * factor)
     return p, m_new, alpha

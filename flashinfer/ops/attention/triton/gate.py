@@ -9,12 +9,12 @@ import torch
 
 from flashinfer.core.arch import SMEM_BYTES, Arch
 from flashinfer.ops.attention import variants
-from flashinfer.ops.attention.device.factors import Factors
+from flashinfer.ops.attention.device.arguments import Factors, Output
 from flashinfer.ops.attention.device.hooks import hooks_of, traits_of
 from flashinfer.ops.attention.device.planner import PLANNER_BLOCK, Requests, ScheduleTables, planner_kernel
 from flashinfer.ops.attention.spec import AttentionSpec
 from flashinfer.ops.attention.triton.configs import block_m_for, choose, planner_config
-from flashinfer.ops.attention.triton.kernel import Outputs, Partials, Queries, attention_kernel
+from flashinfer.ops.attention.triton.kernel import Partials, Queries, attention_kernel
 from flashinfer.ops.attention.triton.tiles import Pages
 from flashinfer.ops.attention.variant import Variant
 from flashinfer.testing.gate import AMD_ARCHS, NVIDIA_ARCHS, Constant, GateCase, case_of
@@ -97,7 +97,7 @@ def _attention_arguments(spec: AttentionSpec, variant: Variant) -> dict[str, Any
     return {
         "queries": Queries(q, 16, 16),
         "pages": Pages(kv, kv, int32 if spec.paged else None, *[16] * 6),
-        "outputs": Outputs(out, 16, 16, fp32, 16),
+        "output": Output(out, 16, 16, fp32, 16),
         "tables": _tables(),
         "partials": Partials(fp32, fp32, int32),
         "hooks": hooks_of(variant),

@@ -51,16 +51,6 @@ class Queries(NamedTuple):
     stride_head: int
 
 
-class Outputs(NamedTuple):
-    """out `[rows, num_qo_heads, head_dim_vo]`, strides in elements; lse fp32 `[rows, num_qo_heads]` or None."""
-
-    data: torch.Tensor
-    stride_row: int
-    stride_head: int
-    lse: torch.Tensor | None
-    lse_stride: int
-
-
 class Partials(NamedTuple):
     """States of shared tiles, two slots a program: o fp32 `[slots, block_m, block_vo]`, base-2 lse; a counter each."""
 
@@ -107,7 +97,7 @@ def _attend(queries, pages, item, rows, mask_row, q_range, tiles, hooks, factors
 
 
 @triton.jit
-def _work_item(queries, pages, outputs, partials, hooks, factors, item, span, share, cfg: tl.constexpr):
+def _work_item(queries, pages, output, partials, hooks, factors, item, span, share, cfg: tl.constexpr):
     """One query tile and KV head against `count` of its KV tiles, from tile `offset` of them on.
 
     item: (request, q_tile, kv_tile, kv_tiles, kv_len, kv_begin, q_begin, qo_len, kv_head); span: (offset, count);
@@ -126,7 +116,7 @@ def _work_item(queries, pages, outputs, partials, hooks, factors, item, span, sh
     tiles = (kv_tile + offset, kv_tile + offset + count)
     m_i, l_i, acc = _attend(queries, pages, place, rows, mask_row, (q_begin, q_lo, q_hi), tiles, hooks, factors, cfg)
     if count == kv_tiles:
-        finish(outputs, factors, m_i, l_i, acc, q_begin + rows[0], rows[1], mask_row, cfg)
+        finish(output, factors, m_i, l_i, acc, q_begin + rows[0], rows[1], mask_row, cfg)
     else:
         slot = 2 * program + tl.where(offset == 0, 1, 0)
         offs_vo = tl.arange(0, cfg.block_vo)
@@ -144,11 +134,11 @@ def _work_item(queries, pages, outputs, partials, hooks, factors, item, span, sh
             tl.store(partials.counters + begin_owner, 0)
             left = qo_len * cfg.group - q_tile * cfg.block_m
             base = (q_begin, q_tile * cfg.block_m, kv_head)
-            merge_tile(outputs, factors, partials, begin_owner, last_owner, left, base, cfg)
+            merge_tile(output, factors, partials, begin_owner, last_owner, left, base, cfg)
 
 
 @triton.jit
-def attention_kernel(queries, pages, outputs, tables, partials, hooks, factors, cfg: tl.constexpr):
+def attention_kernel(queries, pages, output, tables, partials, hooks, factors, cfg: tl.constexpr):
     """Grid: one program a share. tables: `planner.ScheduleTables`; item order: record, KV head, KV tile."""
     program = tl.program_id(0)
     row = tables.shares + program * 16
@@ -183,7 +173,7 @@ def attention_kernel(queries, pages, outputs, tables, partials, hooks, factors, 
         # Without split_kv an item belongs, whole, to the share in which it begins.
         mine = count > 0 if cfg.split_kv else passed == 0
         if mine:
-            _work_item(queries, pages, outputs, partials, hooks, factors, item, (offset, count), share, cfg)
+            _work_item(queries, pages, output, partials, hooks, factors, item, (offset, count), share, cfg)
         if cfg.skip_masks:
             upcoming = _load_record(tables.records + next_record * 8)
             next_first = tl.load(tables.first + next_record)

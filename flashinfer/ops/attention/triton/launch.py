@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import dataclass
 
 import torch
 
 from flashinfer.core.arch import arch_of
 from flashinfer.core.launch import Prebound, alignment, integer_classes
 from flashinfer.core.workspace import Arena
-from flashinfer.ops.attention.device.factors import factors_of, needs_natural_logits
+from flashinfer.ops.attention.device.arguments import Factors, Output, call_key, config_for
 from flashinfer.ops.attention.device.hooks import Hooks, hooks_of, launch_key, traits_of
 from flashinfer.ops.attention.device.planner import ScheduleTables, launch_planner, planner_tables
 from flashinfer.ops.attention.spec import AttentionSpec, Batch, Scales, Tensors
 from flashinfer.ops.attention.triton.configs import Launch, block_m_for, choose, planner_config
-from flashinfer.ops.attention.triton.kernel import KernelConfig, Outputs, Partials, Queries, attention_kernel
+from flashinfer.ops.attention.triton.kernel import KernelConfig, Partials, Queries, attention_kernel
 from flashinfer.ops.attention.triton.tiles import Pages
 from flashinfer.ops.attention.variant import Variant
 
@@ -64,25 +63,16 @@ def _partials(arena: Arena, num_programs: int, cfg: KernelConfig) -> Partials:
 
 def run(spec: AttentionSpec, plan: TritonPlan, tensors: Tensors, variant: Variant, scales: Scales) -> None:
     """One launch; writes `tensors.out` and `tensors.lse`."""
-    q, k, v, out, lse = tensors
-    natural = needs_natural_logits(scales)
-    cfg = _natural(plan.launch.kernel) if natural else plan.launch.kernel
-    q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
-    lse_stride = 0 if lse is None else lse.stride(0)
-    factors = factors_of(scales)
-    strides = (
-        integer_classes(q_strides),
-        integer_classes(k_strides),
-        integer_classes(v_strides),
-        integer_classes(out_strides),
-        lse_stride,
-    )
-    optional = (lse is None, factors.logits_stride, factors.output_stride, scales.sinks is None)
-    key = (plan.key, natural, strides, optional, alignment(*tensors, scales.logits, scales.output, scales.sinks))
+    q, k, v, _, _ = tensors
+    cfg = config_for(plan.launch.kernel, scales)
+    output, factors = Output.of(tensors), Factors.of(scales)
+    q_strides, k_strides, v_strides = q.stride(), k.stride(), v.stride()
+    strides = integer_classes(q_strides), integer_classes(k_strides), integer_classes(v_strides)
+    key = (plan.key, cfg.natural_logits, strides, call_key(tensors, output, factors))
     arguments = (
         Queries(q, q_strides[0], q_strides[1]),
         Pages(k, v, plan.kv_indices, *k_strides[:3], *v_strides[:3]),
-        Outputs(out, out_strides[0], out_strides[1], lse, lse_stride),
+        output,
         plan.tables,
         plan.partials,
         plan.hooks,
@@ -90,8 +80,3 @@ def run(spec: AttentionSpec, plan: TritonPlan, tensors: Tensors, variant: Varian
         cfg,
     )
     _launch_attention((plan.num_programs, 1, 1), key, arguments, q.device, num_warps=plan.launch.num_warps)
-
-
-@cache
-def _natural(cfg: KernelConfig) -> KernelConfig:
-    return replace(cfg, natural_logits=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashinfer.ops.attention.device.factors import LOG2_E
+from flashinfer.ops.attention.device.arguments import LOG2_E, add_sink
 
 
 @triton.jit
@@ -16,33 +16,27 @@ def owner(place, floor, extra):
 
 
 @triton.jit
-def finish(outputs, factors, m_i, l_i, acc, row, qo_head, mask_row, cfg: tl.constexpr):
+def finish(output, factors, m_i, l_i, acc, row, qo_head, mask_row, cfg: tl.constexpr):
     """Write a complete state: out = acc / l * output scale, lse = m + log2(l); m in base-2 units."""
     if factors.sinks is not None:
         sink = tl.load(factors.sinks + qo_head, mask=mask_row, other=0.0) * LOG2_E
-        m_new = tl.maximum(m_i, sink)
-        # -inf where the row saw nothing and the sink is none.
-        shift = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.math.exp2(m_i - shift)
-        l_i = l_i * alpha + tl.math.exp2(sink - shift)
-        acc = acc * alpha[:, None]
-        m_i = m_new
+        m_i, l_i, acc = add_sink(m_i, l_i, acc, sink)
     # l = 0 only where a row saw nothing: its output is 0 and its lse -inf; NaN stays NaN.
     factor = tl.where(l_i == 0, 0.0, factors.output_scale / l_i)
     if factors.output is not None:
         factor = factor * tl.load(factors.output + qo_head * factors.output_stride, mask=mask_row, other=0.0)
     offs_vo = tl.arange(0, cfg.block_vo)
-    offs_out = row.to(tl.int64) * outputs.stride_row + qo_head.to(tl.int64) * outputs.stride_head
+    offs_out = row.to(tl.int64) * output.stride_row + qo_head.to(tl.int64) * output.stride_head
     mask = mask_row[:, None] & (offs_vo < cfg.head_dim_vo)[None, :]
-    value = (acc * factor[:, None]).to(outputs.data.dtype.element_ty)
-    tl.store(outputs.data + offs_out[:, None] + offs_vo[None, :], value, mask=mask)
-    if outputs.lse is not None:
+    value = (acc * factor[:, None]).to(output.data.dtype.element_ty)
+    tl.store(output.data + offs_out[:, None] + offs_vo[None, :], value, mask=mask)
+    if output.lse is not None:
         lse = tl.where(l_i == 0, float("-inf"), m_i + tl.math.log2(l_i))
-        tl.store(outputs.lse + row.to(tl.int64) * outputs.lse_stride + qo_head, lse, mask=mask_row)
+        tl.store(output.lse + row.to(tl.int64) * output.lse_stride + qo_head, lse, mask=mask_row)
 
 
 @triton.jit
-def merge_tile(outputs, factors, partials, begin_owner, last_owner, left, place, cfg: tl.constexpr):
+def merge_tile(output, factors, partials, begin_owner, last_owner, left, place, cfg: tl.constexpr):
     """Merge the states of programs begin_owner..last_owner in this order, and write the tile.
 
     The tile begins in begin_owner's second slot and goes on in the first slots of the others. left: packed rows of the
@@ -77,7 +71,7 @@ def merge_tile(outputs, factors, partials, begin_owner, last_owner, left, place,
             m_i = m_new
         packed = base + offs_m
         finish(
-            outputs,
+            output,
             factors,
             m_i,
             l_i,
