@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from flashinfer.core import check
+from flashinfer.core.replay import replayed
 from flashinfer.ops import quantization as ops
 from flashinfer.ops.quantization import SfLayout
 
@@ -115,11 +116,19 @@ def per_token_group_quant_8bit(
     else:
         scales = torch.empty((*lead, num_groups), dtype=torch.float32, device=x.device)
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
-    rows = scales if column_major_scales else scales.view(-1, num_groups)
-    groups = (-1, num_groups, group_size)
     if x.numel() > 0:
-        ops.quantize_groups(codes.view(groups), rows, x.reshape(groups), float(eps), scale_ue8m0)
+        _quantize_groups(codes, scales, x, group_size, float(eps), scale_ue8m0)
     return codes, scales
+
+
+@replayed
+def _quantize_groups(
+    codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, group_size: int, eps: float, power_of_two: bool
+) -> None:
+    num_groups = scales.shape[-1]
+    groups = (-1, num_groups, group_size)
+    rows = scales if scales.dim() == 2 else scales.view(-1, num_groups)
+    ops.quantize_groups(codes.view(groups), rows, x.reshape(groups), eps, power_of_two)
 
 
 def per_token_quant_8bit(x: torch.Tensor, eps: float = 1e-10, dst_dtype: torch.dtype | None = None) -> Pair:
@@ -144,10 +153,15 @@ def per_tensor_quant_8bit(
         magnitude = x.abs().nan_to_num(nan=0.0, posinf=torch.inf).float().flatten()
         largest = magnitude.amax(dim=0, keepdim=True) if x.numel() else magnitude.new_zeros(1)
         scale = largest.clamp(min=eps) / limit
-    check.tensor("scale", scale, dtypes=(torch.float32,), shape=(1,), like=("x", x))
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
-    ops.quantize_by_scale(codes, x.contiguous(), scale)
+    _quantize_by_scale(codes, x, scale)
     return codes, scale
+
+
+@replayed
+def _quantize_by_scale(codes: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
+    check.tensor("scale", scale, dtypes=(torch.float32,), shape=(1,), like=("x", x))
+    ops.quantize_by_scale(codes, x.contiguous(), scale)
 
 
 def dequantize_8bit(x: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
