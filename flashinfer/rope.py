@@ -278,11 +278,8 @@ def _cached(
         check.tensor(name, x, dtypes=dtypes, shape=shape, like=("query", query), inner_contiguous=True)
         check.multiple(f"last dimension of {name}", x.shape[1], "head_size", head_size)
     _check_table(positions, cos_sin_cache, ("query", query), head_size)
-    x = _heads(query, head_size), _heads(key, head_size)
-    if out is None:
-        ops.rope_cached(*x, None, None, positions, cos_sin_cache, interleave)
-    else:
-        ops.rope_cached(*(_heads(y, head_size) for y in out), *x, positions, cos_sin_cache, interleave)
+    heads = [_heads(x, head_size) for x in (*(out or ()), query, key)]
+    ops.rope_cached(*heads, *([] if out else [None, None]), positions, cos_sin_cache, interleave)
 
 
 def _check_table(

@@ -75,8 +75,8 @@ def again(
         return None
     fill, shared = template.fill, template.shared
     several = torch.cuda.device_count() > 1
-    stream_of = triton.runtime.driver.active.get_current_stream
-    launch, head, tail = _direct_launch(compiled, grid) if direct else (None, (), ())
+    public = compiled[grid]
+    launch = _direct_launch(compiled, grid, index) if direct else public
 
     def launch_again(addresses: list[int]) -> bool:
         if several and torch.cuda.current_device() != index:
@@ -84,26 +84,29 @@ def again(
         for i, j in shared:
             if addresses[i] != addresses[j]:
                 return False
-        if launch is None or hooked():
-            compiled[grid](*fill(addresses))
-        else:
-            launch(*head, stream_of(index), *tail, *fill(addresses))
+        (public if hooked() else launch)(*fill(addresses))
         return True
 
     return launch_again
 
 
-def _direct_launch(
-    compiled: Any, grid: tuple[int, int, int]
-) -> tuple[Callable[..., None], tuple[Any, ...], tuple[Any, ...]]:
-    """(function, its arguments before the stream, those between stream and kernel arguments).
+def _direct_launch(compiled: Any, grid: tuple[int, int, int], index: int) -> Callable[..., None]:
+    """A function of the kernel's arguments, for the versions that `Prebound` knows.
 
     The launcher's own `__call__` only allocates scratch before it calls `launch`; without scratch that is left out.
     """
-    run, hooks = compiled.run, (compiled.packed_metadata, None, None, None)
-    if getattr(run, "global_scratch_size", 1) or getattr(run, "profile_scratch_size", 1):
-        return run, grid, (compiled.function, *hooks)
-    return run.launch, grid, (compiled.function, run.launch_cooperative_grid, run.launch_pdl, None, None, *hooks)
+    run = compiled.run
+    stream_of = triton.runtime.driver.active.get_current_stream
+    tail: tuple[Any, ...] = (compiled.packed_metadata, None, None, None)
+    function, (x, y, z) = run, grid
+    if not (run.global_scratch_size or run.profile_scratch_size):
+        function, tail = run.launch, (run.launch_cooperative_grid, run.launch_pdl, None, None, *tail)
+    tail = (compiled.function, *tail)
+
+    def launch(*arguments: Any) -> None:
+        function(x, y, z, stream_of(index), *tail, *arguments)
+
+    return launch
 
 
 @lru_cache(maxsize=4096)

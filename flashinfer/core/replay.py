@@ -69,8 +69,10 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
         tensors: list[torch.Tensor] = []
         addresses: list[int] = []
         for x in arguments:
-            parts = x if x.__class__ is tuple else (x,)
-            key.append(len(parts))
+            parts = (x,)
+            if x.__class__ is tuple:
+                parts = x
+                key.append(len(x))
             for part in parts:
                 if part.__class__ in PLAIN:
                     device = part.get_device()

@@ -17,9 +17,8 @@ from flashinfer.norm import (
     rmsnorm,
     rmsnorm_quant,
 )
-from flashinfer.ops import norm as ops
 from flashinfer.testing import assert_close_to_oracle, poisoned
-from tests.ops.common import captured, far_rows, force_backend, skip_unless_runs
+from tests.ops.common import captured, far_rows, force, skip_unless_runs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -32,7 +31,7 @@ FUSED = {"rmsnorm": (fused_add_rmsnorm, 0.0), "gemma": (gemma_fused_add_rmsnorm,
 @pytest.fixture(params=["torch", "triton"], autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs on each implementation, through the public functions."""
-    force_backend(monkeypatch, ops, "normalise", request.param)
+    force(monkeypatch, "norm", request.param, skip=False)
     return str(request.param)
 
 
@@ -251,7 +250,7 @@ def test_compiles_without_a_graph_break(
     dynamo_backend: str, device: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # the compiler cannot look into the poisoned torch.empty
-    force_backend(monkeypatch, ops, "normalise", backend)
+    force(monkeypatch, "norm", backend, skip=False)
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, backend=dynamo_backend, dynamic=True)
     weight, scale = torch.randn(64, device=device), torch.tensor([0.02], device=device)

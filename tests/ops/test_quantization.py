@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from flashinfer.quantization import packbits, segment_packbits
-from tests.ops.backends import IMPLEMENTATIONS, force
+from tests.ops.common import IMPLEMENTATIONS, force
 
 BITORDERS = ("big", "little")
 

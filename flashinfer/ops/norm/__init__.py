@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-
 import torch
 
 from flashinfer.core import library
-from flashinfer.core.arch import arch_of
-from flashinfer.core.select import Impl, select
+from flashinfer.core.select import Choice, Impl
 from flashinfer.ops.norm.spec import Norm, NormSpec
 from flashinfer.ops.norm.support import torch_supports, triton_supports
 
@@ -19,21 +15,7 @@ IMPLS = (
 )
 
 
-@lru_cache(maxsize=4096)
-def _bound(
-    hidden_size: int,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    centred: bool,
-    adds: bool,
-    weight_bias: float,
-    device: torch.device,
-    backend: str,
-) -> Callable[[Norm, float], None]:
-    """The chosen implementation's call for one kind of norm; kept, because choosing takes longer than launching."""
-    spec = NormSpec(hidden_size, *dtypes, centred, adds, weight_bias)
-    arch = arch_of(device)
-    call: Callable[[Norm, float], None] = select(IMPLS, spec, arch, backend).load().bind(spec, arch)
-    return call
+CHOICE = Choice(IMPLS)
 
 
 def normalise(tensors: Norm, eps: float, weight_bias: float = 0.0, backend: str = "auto") -> None:
@@ -42,9 +24,9 @@ def normalise(tensors: Norm, eps: float, weight_bias: float = 0.0, backend: str 
     if input.numel() == 0:
         return
     dtypes = (input.dtype, weight.dtype, out.dtype)
-    adds = tensors.residual is not None
-    bound = _bound(input.shape[-1], dtypes, tensors.shift is not None, adds, weight_bias, input.device, backend)
-    bound(tensors, eps)
+    centred, adds = tensors.shift is not None, tensors.residual is not None
+    spec = NormSpec(input.shape[-1], *dtypes, centred, adds, weight_bias)
+    CHOICE.call(spec, input.device, backend)(tensors, eps)
 
 
 @library.register("rmsnorm(Tensor(a!) out, Tensor input, Tensor weight, Tensor? scale, float eps, float bias) -> ()")
@@ -97,6 +79,7 @@ def layernorm(
 
 
 __all__ = [
+    "CHOICE",
     "IMPLS",
     "Norm",
     "NormSpec",

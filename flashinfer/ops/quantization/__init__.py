@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch.nn import functional
 
 from flashinfer.core import library
-from flashinfer.core.arch import Arch, arch_of
-from flashinfer.core.select import Impl, select
+from flashinfer.core.select import Choice, Impl
 from flashinfer.ops.quantization.spec import Fp4, QuantSpec, SfLayout, scale_offset, scales_needed
 from flashinfer.ops.quantization.support import torch_supports, triton_supports
 
@@ -20,13 +18,11 @@ IMPLS = (
 )
 
 
-@cache
-def _implementation(spec: QuantSpec, arch: Arch, backend: str) -> ModuleType:
-    return select(IMPLS, spec, arch, backend).load()
+CHOICE = Choice(IMPLS)
 
 
 def _chosen(call: str, x: torch.Tensor, out: torch.Tensor) -> ModuleType:
-    return _implementation(QuantSpec(call, x.dtype, out.dtype), arch_of(x.device), "auto")
+    return CHOICE.module(QuantSpec(call, x.dtype, out.dtype), x.device)
 
 
 @library.register("packbits(Tensor(a!) out, Tensor x, bool little) -> ()")
@@ -115,6 +111,7 @@ def concat_heads(k: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor) ->
 
 
 __all__ = [
+    "CHOICE",
     "IMPLS",
     "Fp4",
     "QuantSpec",

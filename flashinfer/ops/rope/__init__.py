@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
 
 from flashinfer.core import check, library
-from flashinfer.core.arch import arch_of
-from flashinfer.core.select import Impl, select
+from flashinfer.core.select import Choice, Impl
 from flashinfer.ops.page import PageTable, check_places
 from flashinfer.ops.rope.frequencies import frequencies
 from flashinfer.ops.rope.spec import (
@@ -31,12 +29,7 @@ IMPLS = (
 )
 
 
-@cache
-def _implementation(spec: RopeSpec, device: torch.device, backend: str) -> Callable[[Rotation], None]:
-    """The chosen implementation's call for one kind of rotation; kept, because choosing takes longer than launching."""
-    arch = arch_of(device)
-    call: Callable[[Rotation], None] = select(IMPLS, spec, arch, backend).load().bind(spec, arch)
-    return call
+CHOICE = Choice(IMPLS)
 
 
 def rotate(rotation: Rotation, rotary_dim: int, interleave: bool, backend: str = "auto") -> None:
@@ -45,7 +38,7 @@ def rotate(rotation: Rotation, rotary_dim: int, interleave: bool, backend: str =
     if source.shape[0] == 0:
         return
     spec = spec_of(rotation, rotary_dim, interleave)
-    _implementation(spec, source.device, backend)(rotation)
+    CHOICE.call(spec, source.device, backend)(rotation)
 
 
 def _check_ranges(angle: Angle, nnz: int) -> None:
@@ -198,6 +191,7 @@ def rope_quantize_append(
 
 
 __all__ = [
+    "CHOICE",
     "IMPLS",
     "Angle",
     "Move",
