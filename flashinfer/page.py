@@ -5,12 +5,11 @@ from __future__ import annotations
 import torch
 
 from flashinfer.core import check
-from flashinfer.core.kv_cache import PagedKVCache, paged_views
+from flashinfer.core.kv_cache import PagedKVCache, page_table, paged_views
 from flashinfer.core.kv_cache import kv_layout as checked_layout
 from flashinfer.core.replay import replayed
 from flashinfer.ops import page as ops
 
-SLOT_DTYPES = (torch.int32, torch.int64)
 QUANTIZED_DTYPES = (*check.FP8_DTYPES, torch.int8)
 KVScale = float | torch.Tensor
 
@@ -209,7 +208,9 @@ def _append_to_slots(
     check.tensor("append_key", append_key, shape=(None, None, None))
     check.tensor("append_value", append_value, shape=(None, None, None))
     like = ("append_key", append_key)
-    check.tensor("slot_mapping", slot_mapping, dtypes=SLOT_DTYPES, shape=(None,), like=like, inner_contiguous=True)
+    check.tensor(
+        "slot_mapping", slot_mapping, dtypes=check.POSITION_DTYPES, shape=(None,), like=like, inner_contiguous=True
+    )
     num_tokens = slot_mapping.shape[0]
     key, value = append_key[:num_tokens], append_value[:num_tokens]
     if key.shape[0] != num_tokens:
@@ -249,15 +250,10 @@ def _check_data(
 
 def _page_table(table: tuple[torch.Tensor, ...], key: torch.Tensor) -> list[torch.Tensor]:
     """The tensors of a page table, checked; the last of `table`, kv_last_page_len, is not needed."""
-    for name, x in zip(("batch_indices", "positions", "kv_indices", "kv_indptr"), table, strict=False):
-        shape = (None,) if name.startswith("kv") else (key.shape[0],)
-        check.tensor(name, x, dtypes=check.INDEX_DTYPES, shape=shape, like=("append_key", key))
-        if not x.is_contiguous():
-            raise ValueError(
-                check.problem(name, f"stride {x.stride(0)}", "a contiguous tensor", f"Call {name}.contiguous().")
-            )
-    _check_last_page_len(table[4], table[3])
-    return list(table[:4])
+    *where, kv_last_page_len = table
+    checked = page_table(where, ("append_key", key))
+    _check_last_page_len(kv_last_page_len, where[3])
+    return checked
 
 
 def _scales(k_scale: KVScale, v_scale: KVScale, key: torch.Tensor) -> tuple[list[float], list[torch.Tensor]]:

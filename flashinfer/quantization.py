@@ -59,14 +59,18 @@ def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big
     """Pack each segment of a mask into bytes of its own.
 
     x: `[indptr[-1]]`, bool or an integer dtype. indptr: `[batch_size + 1]`, int32 or int64, offsets of the segments in
-    elements, on x's device. Returns (uint8 `[new_indptr[-1]]`, new_indptr like indptr in bytes).
-    On a GPU this waits once for the device, because the size of the result is only known there.
+    elements, on x's device or the host. Returns (uint8 `[new_indptr[-1]]`, new_indptr like indptr in bytes).
+    With indptr on a GPU this waits for it once: callers rely on a result of exactly that size, which depends on values.
+    With indptr on the host nothing waits.
     """
     _mask(x, bitorder)
-    check.tensor("indptr", indptr, dtypes=(torch.int32, torch.int64), like=("x", x))
+    like = None if isinstance(indptr, torch.Tensor) and indptr.is_cpu else ("x", x)
+    check.tensor("indptr", indptr, dtypes=check.POSITION_DTYPES, like=like)
     check.indptr("indptr", indptr, total=x.numel())
     byte_indptr = ops.packed_indptr(indptr)
-    return ops.segment_packbits(x, indptr, byte_indptr, int(byte_indptr[-1]), bitorder), byte_indptr
+    num_bytes = int(byte_indptr[-1])
+    begins, ends = ops.moved(indptr, x.device), ops.moved(byte_indptr, x.device)
+    return ops.segment_packbits(x, begins, ends, num_bytes, bitorder), byte_indptr
 
 
 def _numbers(x: torch.Tensor, dst_dtype: torch.dtype | None) -> torch.dtype:
@@ -149,10 +153,7 @@ def per_tensor_quant_8bit(
     """
     dtype = _numbers(x, dst_dtype)
     if scale is None:
-        limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-        magnitude = x.abs().nan_to_num(nan=0.0, posinf=torch.inf).float().flatten()
-        largest = magnitude.amax(dim=0, keepdim=True) if x.numel() else magnitude.new_zeros(1)
-        scale = largest.clamp(min=eps) / limit
+        scale = ops.tensor_scale(x, dtype, eps)
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
     _quantize_by_scale(codes, x, scale)
     return codes, scale
@@ -283,11 +284,7 @@ def block_scale_interleave(unswizzled_sf: torch.Tensor, *, out: torch.Tensor | N
     if unswizzled_sf.dim() not in (2, 3):
         got = f"{unswizzled_sf.dim()} dimensions"
         raise ValueError(check.problem("unswizzled_sf", got, "2 or 3", "Pass rows of scales, or a batch of them."))
-    batched = unswizzled_sf if unswizzled_sf.dim() == 3 else unswizzled_sf[None]
-    batch, num_rows, num_columns = batched.shape
-    padded = torch.nn.functional.pad(batched, (0, -num_columns % 4, 0, -num_rows % 128))
-    tiles = padded.view(batch, -1, 4, 32, padded.shape[2] // 4, 4)
-    result = tiles.permute(0, 1, 4, 3, 2, 5).reshape(-1)
+    result = ops.interleave_scales(unswizzled_sf if unswizzled_sf.dim() == 3 else unswizzled_sf[None])
     if out is None:
         return result
     dtypes = (unswizzled_sf.dtype,)

@@ -38,7 +38,6 @@ __all__ = [
     "rope_quantize_fp8_append_paged_kv_cache",
 ]
 
-POSITION_DTYPES = (*check.INDEX_DTYPES, torch.int64)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -89,11 +88,11 @@ def _by_request(
     """x rotated into out, or out in place. rotary: rotary_dim, interleave. scaling: see `_scaling`."""
     q, k = out if x is None else x
     _check_heads(q, k)
-    check.tensor("indptr", indptr, dtypes=POSITION_DTYPES, like=("q", q))
+    check.tensor("indptr", indptr, dtypes=check.POSITION_DTYPES, like=("q", q))
     if indptr.dim() != 1 or indptr.shape[0] == 0:
         check.indptr("indptr", indptr)
     shape = (indptr.shape[0] - 1,)
-    check.tensor("offsets", offsets, dtypes=POSITION_DTYPES, shape=shape, like=("q", q), inner_contiguous=True)
+    check.tensor("offsets", offsets, dtypes=check.POSITION_DTYPES, shape=shape, like=("q", q), inner_contiguous=True)
     ops.rope(*out, *(x or (None, None)), indptr, offsets, _scaling(*scaling), _style(q.shape[2], *rotary))
 
 
@@ -105,7 +104,7 @@ def _by_position(
     q, k = out if x is None else x
     _check_heads(q, k)
     shape = (q.shape[0],)
-    check.tensor("pos_ids", pos_ids, dtypes=POSITION_DTYPES, shape=shape, like=("q", q), inner_contiguous=True)
+    check.tensor("pos_ids", pos_ids, dtypes=check.POSITION_DTYPES, shape=shape, like=("q", q), inner_contiguous=True)
     ops.rope(*out, *(x or (None, None)), pos_ids, None, _scaling(*scaling), _style(q.shape[2], *rotary))
 
 
@@ -286,7 +285,7 @@ def _check_table(
     positions: torch.Tensor, cos_sin_cache: torch.Tensor, like: tuple[str, torch.Tensor], head_dim: int
 ) -> None:
     shape = (like[1].shape[0],)
-    check.tensor("positions", positions, dtypes=POSITION_DTYPES, shape=shape, like=like, inner_contiguous=True)
+    check.tensor("positions", positions, dtypes=check.POSITION_DTYPES, shape=shape, like=like, inner_contiguous=True)
     check.tensor(
         "cos_sin_cache",
         cos_sin_cache,

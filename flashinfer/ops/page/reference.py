@@ -11,12 +11,14 @@ from flashinfer.core.arch import Arch
 from flashinfer.ops.page.spec import Append, AppendSpec, PageTable, Scale, as_bytes
 
 
+@torch.no_grad()
 def seq_lens(out: torch.Tensor, kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> None:
     """Tokens of each request; 0 without pages."""
     pages = kv_indptr.diff()
     out.copy_(torch.where(pages > 0, (pages - 1) * page_size + kv_last_page_len, 0))
 
 
+@torch.no_grad()
 def batch_indices_positions(
     batch_indices: torch.Tensor, positions: torch.Tensor, append_indptr: torch.Tensor, seq_lens: torch.Tensor
 ) -> None:

@@ -38,6 +38,13 @@ def packed_indptr(indptr: torch.Tensor) -> torch.Tensor:
     return functional.pad(num_bytes.cumsum(0, dtype=indptr.dtype), (1, 0))
 
 
+def moved(indptr: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`indptr` on `device`, from pinned memory, so that nothing waits for the copy."""
+    if indptr.device == device:
+        return indptr
+    return indptr.pin_memory().to(device, non_blocking=True)
+
+
 @library.register("segment_packbits(Tensor(a!) out, Tensor x, Tensor indptr, Tensor byte_indptr, bool little) -> ()")
 def fill_segments(
     out: torch.Tensor, x: torch.Tensor, indptr: torch.Tensor, byte_indptr: torch.Tensor, little: bool
@@ -57,6 +64,24 @@ def segment_packbits(
     out = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
     fill_segments(out, x.contiguous(), indptr.contiguous(), byte_indptr, bitorder == "little")
     return out
+
+
+@torch.no_grad()
+def tensor_scale(x: torch.Tensor, dtype: torch.dtype, eps: float) -> torch.Tensor:
+    """fp32 `[1]`: `max(largest |x|, eps) / largest code` of `dtype`; a NaN does not count."""
+    limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    magnitude = x.abs().nan_to_num(nan=0.0, posinf=torch.inf).float().flatten()
+    largest = magnitude.amax(dim=0, keepdim=True) if x.numel() else magnitude.new_zeros(1)
+    return largest.clamp(min=eps) / limit
+
+
+@torch.no_grad()
+def interleave_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Block scales `[batch, rows, blocks]` in tiles of 128 x 4 (`scale_offset`), flat, padding zero."""
+    batch, num_rows, num_columns = scales.shape
+    padded = functional.pad(scales, (0, -num_columns % 4, 0, -num_rows % 128))
+    tiles = padded.view(batch, -1, 4, 32, padded.shape[2] // 4, 4)
+    return tiles.permute(0, 1, 4, 3, 2, 5).reshape(-1)
 
 
 @library.register("quantize_groups(Tensor(a!) out, Tensor(b!) scales, Tensor x, float eps, bool power_of_two) -> ()")
@@ -119,6 +144,8 @@ __all__ = [
     "concat_heads",
     "dequantize_fp4",
     "dequantize_groups",
+    "interleave_scales",
+    "moved",
     "packbits",
     "packed_indptr",
     "quantize_by_scale",
@@ -126,4 +153,5 @@ __all__ = [
     "scale_offset",
     "scales_needed",
     "segment_packbits",
+    "tensor_scale",
 ]

@@ -16,12 +16,14 @@ def _bytes(bits: torch.Tensor, little: bool) -> torch.Tensor:
     return (bits.to(torch.uint8) << place).sum(dim=1, dtype=torch.uint8)
 
 
+@torch.no_grad()
 def packbits(out: torch.Tensor, x: torch.Tensor, little: bool) -> None:
     """uint8 `[ceil(n / 8)]` of a mask `[n]`, the last byte filled with zeros."""
     padded = functional.pad(x != 0, (0, -x.numel() % 8))
     out.copy_(_bytes(padded.view(-1, 8), little))
 
 
+@torch.no_grad()
 def segment_packbits(
     out: torch.Tensor, x: torch.Tensor, indptr: torch.Tensor, byte_indptr: torch.Tensor, little: bool
 ) -> None:

@@ -8,16 +8,13 @@ from typing import Any
 from flashinfer.ops.quantization.triton import kernel as kernels
 from flashinfer.ops.quantization.triton.kernel import Groups, Scales
 from flashinfer.ops.quantization.triton.launch import BLOCK_BYTES, NUM_WARPS, TILE, block_of
-from flashinfer.testing.gate import ALL_ARCHS, GateCase
+from flashinfer.testing.gate import ALL_ARCHS, FP8_ARCHS, OTHER_ARCHS, GateCase
 
-# What converts to fp8 by itself, and what does not (`Arch.converts_to_fp8`).
-NATIVE_ARCHS = ("sm90", "sm100", "sm120")
-OTHER_ARCHS = tuple(arch for arch in ALL_ARCHS if arch not in NATIVE_ARCHS)
 # name, mantissa bits, largest code, architectures, whether they convert to fp8
 CODES = (
     ("e4m3", 3, 448.0, OTHER_ARCHS, False),
-    ("e4m3.native", 3, 448.0, NATIVE_ARCHS, True),
-    ("e5m2.native", 2, 57344.0, NATIVE_ARCHS, True),
+    ("e4m3.native", 3, 448.0, FP8_ARCHS, True),
+    ("e5m2.native", 2, 57344.0, FP8_ARCHS, True),
     ("int8", 0, 127.0, ALL_ARCHS, False),
 )
 
