@@ -11,6 +11,7 @@ from flashinfer.decode import (
 from flashinfer.norm import (
     fused_add_rmsnorm,
     fused_add_rmsnorm_quant,
+    fused_rmsnorm_silu,
     gemma_fused_add_rmsnorm,
     gemma_rmsnorm,
     layernorm,
@@ -83,6 +84,7 @@ __all__ = [
     "fast_decode_plan",
     "fused_add_rmsnorm",
     "fused_add_rmsnorm_quant",
+    "fused_rmsnorm_silu",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "gemma_fused_add_rmsnorm",

@@ -60,6 +60,15 @@ def _rmsnorm_quant(
 
 
 @replayed
+def _rmsnorm_silu(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    _rows(input)
+    _weights(input, weight=weight)
+    dtypes, like = (input.dtype, *check.FP8_DTYPES), ("input", input)
+    check.tensor("out", out, dtypes=dtypes, shape=input.shape, like=like, inner_contiguous=True)
+    ops.rmsnorm_silu(out, input, weight, eps)
+
+
+@replayed
 def _fused_add_rmsnorm(
     input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float
 ) -> None:
@@ -216,4 +225,21 @@ def layernorm_quant(
 ) -> torch.Tensor:
     """`out = layernorm(input, gemma, beta) / scale` in fp8; out and scale as for `rmsnorm_quant`. Returns out."""
     _layernorm_quant(out, input, gemma, beta, scale, eps)
+    return out
+
+
+def fused_rmsnorm_silu(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    out: torch.Tensor | None = None,
+    block_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`silu(rmsnorm(input, weight))`, rounded once; tensors and errors as for `rmsnorm`. Returns out.
+
+    out: input's dtype, or fp8 (saturating, not scaled). block_scale is for fp4, which no implementation here writes; as
+    in FlashInfer it is ignored for other results.
+    """
+    out = _made(input) if out is None else out
+    _rmsnorm_silu(out, input, weight, eps)
     return out

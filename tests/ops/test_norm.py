@@ -10,6 +10,7 @@ from flashinfer.core.select import BackendSupportedError
 from flashinfer.norm import (
     fused_add_rmsnorm,
     fused_add_rmsnorm_quant,
+    fused_rmsnorm_silu,
     gemma_fused_add_rmsnorm,
     gemma_rmsnorm,
     layernorm,
@@ -221,6 +222,31 @@ def test_quantised_rows_saturate_and_keep_nan(out_dtype: torch.dtype, device: st
     limit = torch.finfo(out_dtype).max
     assert (out[0].float() == limit).all() and out[1].float().isnan().all()
     assert (out[2].float() == limit * x[2]).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 72), (0, 64), (33, 577), (2, 3, 128)])
+def test_rmsnorm_silu(dtype: torch.dtype, shape: tuple[int, ...], device: str, backend: str) -> None:
+    skip_unless_runs(backend, dtype)
+    x = (torch.randn(shape, device=device) * 3).to(dtype)
+    weight = torch.randn(shape[-1], device=device).to(dtype)
+    oracle, twin = functional.silu(rms_oracle(x, weight, 0.0)), functional.silu(rms_twin(x, weight, 0.0))
+    assert_close_to_oracle(fused_rmsnorm_silu(x, weight, EPS), oracle, twin)
+    out = poisoned(shape, dtype, device)
+    assert fused_rmsnorm_silu(x, weight, EPS, out=out) is out
+    assert_close_to_oracle(out, oracle, twin, "out=")
+
+
+@pytest.mark.parametrize("out_dtype", FP8)
+def test_rmsnorm_silu_to_fp8(out_dtype: torch.dtype, device: str) -> None:
+    """The fp32 result, rounded once: the neighbours of a code are further off than twice its own error."""
+    x, weight = torch.randn(17, 96, device=device) * 40, torch.randn(96, device=device) * 300
+    got = fused_rmsnorm_silu(x, weight, EPS, out=torch.empty(17, 96, dtype=out_dtype, device=device))
+    limit = torch.finfo(out_dtype).max
+    exact = functional.silu(rms_oracle(x, weight, 0.0)).clamp(-limit, limit)
+    assert_close_to_oracle(got.float(), exact, exact.float().to(out_dtype).float())
+    with pytest.raises(ValueError, match=r"out: got dtype torch\.float16"):
+        fused_rmsnorm_silu(x, weight, EPS, out=torch.empty(17, 96, dtype=torch.float16, device=device))
 
 
 # ---- selection, graphs, the compiler

@@ -18,14 +18,14 @@ IMPLS = (
 CHOICE = Choice(IMPLS)
 
 
-def normalise(tensors: Norm, eps: float, weight_bias: float = 0.0, backend: str = "auto") -> None:
+def normalise(tensors: Norm, eps: float, weight_bias: float = 0.0, backend: str = "auto", silu: bool = False) -> None:
     """Run one norm; LayerNorm where there is a shift. "auto" is Triton on a GPU and torch on CPU tensors."""
     out, input, weight = tensors[:3]
     if input.numel() == 0:
         return
     dtypes = (input.dtype, weight.dtype, out.dtype)
     centred, adds = tensors.shift is not None, tensors.residual is not None
-    spec = NormSpec(input.shape[-1], *dtypes, centred, adds, weight_bias)
+    spec = NormSpec(input.shape[-1], *dtypes, centred, adds, weight_bias, silu)
     CHOICE.call(spec, input.device, backend)(tensors, eps)
 
 
@@ -35,6 +35,12 @@ def rmsnorm(
 ) -> None:
     """`out = input / sqrt(mean(input^2) + eps) * (weight + bias) / scale`."""
     normalise(Norm(out, input, weight, scale=scale), eps, bias)
+
+
+@library.register("rmsnorm_silu(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()")
+def rmsnorm_silu(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """`out = silu(input / sqrt(mean(input^2) + eps) * weight)`."""
+    normalise(Norm(out, input, weight), eps, silu=True)
 
 
 @library.register(
@@ -88,4 +94,5 @@ __all__ = [
     "layernorm",
     "normalise",
     "rmsnorm",
+    "rmsnorm_silu",
 ]

@@ -43,6 +43,7 @@ def choose(spec: NormSpec, arch: Arch, num_rows: int, flat: bool) -> Launch:
         flat=flat,
         centred=spec.centred,
         weight_bias=spec.weight_bias,
+        silu=spec.silu,
         mantissa_bits=FP8_MANTISSA_BITS.get(spec.out_dtype, 0),
         native_fp8=arch.converts_to_fp8,
     )

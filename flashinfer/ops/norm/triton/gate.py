@@ -23,6 +23,8 @@ KINDS = (
     ("rms4096", 4096, BF16, BF16, BF16, False, False, True),
     ("rms_heads128", 128, BF16, BF16, BF16, False, False, False),
     ("rms_odd", 577, FP16, FP32, FP16, False, False, False),
+    ("rms_silu1024", 1024, BF16, BF16, BF16, False, False, True),
+    ("rms_silu_e4m3", 1024, BF16, BF16, E4M3, False, False, True),
     ("rms_widest", 16384, FP32, FP32, FP32, False, False, True),
     ("add8192", 8192, BF16, BF16, BF16, False, True, True),
     ("add_widest", 16384, BF16, BF16, BF16, False, True, True),
@@ -43,7 +45,8 @@ def cases() -> Iterator[GateCase]:
             continue
         archs = (FP8_ARCHS if native else OTHER_ARCHS) if is_fp8 else ALL_ARCHS
         arch = Arch(archs[0], NUM_SMS, SMEM_BYTES.get(archs[0], 0))
-        launch = choose(NormSpec(hidden_size, dtype, weight_dtype, out_dtype, centred, adds, 0.0), arch, num_rows, flat)
+        spec = NormSpec(hidden_size, dtype, weight_dtype, out_dtype, centred, adds, 0.0, "silu" in name)
+        launch = choose(spec, arch, num_rows, flat)
         rows = Rows(f"*{SPELLED[dtype]}", "i32", "i32")
         signature = {
             "out": Rows(f"*{SPELLED[out_dtype]}", "i32", "i32"),
@@ -51,7 +54,7 @@ def cases() -> Iterator[GateCase]:
             "residual": rows if adds else "constexpr",
             "weight": f"*{SPELLED[weight_dtype]}",
             "shift": f"*{SPELLED[weight_dtype]}" if centred else "constexpr",
-            "scale": "*fp32" if is_fp8 else "constexpr",
+            "scale": "*fp32" if is_fp8 and not spec.silu else "constexpr",
             "num_rows": "i32",
             "num_inner": "i32",
             "eps": "fp32",

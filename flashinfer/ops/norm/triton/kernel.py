@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from flashinfer.device.activation import silu
 from flashinfer.device.fp8 import to_fp8
 from flashinfer.device.rows import row_pointers
 
@@ -25,6 +26,7 @@ class NormConfig:
     flat: bool
     centred: bool
     weight_bias: float
+    silu: bool
     mantissa_bits: int
     native_fp8: bool
 
@@ -61,6 +63,8 @@ def norm_kernel(out, input, residual, weight, shift, scale, num_rows, num_inner,
     y = x * tl.rsqrt(_mean(x * x, cfg) + eps) * (w.to(tl.float32) + cfg.weight_bias)[None, :]
     if shift is not None:
         y += b.to(tl.float32)[None, :]
+    if cfg.silu:
+        y = silu(y)
     if scale is not None:
         y *= inverse
     pointers = row_pointers(out, row, num_inner, cfg.flat) + offs_col[None, :]
