@@ -32,6 +32,7 @@ from flashinfer.quantization import (
     mxfp4_dequantize_host,
     nvfp4_block_scale_interleave,
     nvfp4_kv_dequantize,
+    nvfp4_kv_dequantize_paged,
     packbits,
     segment_packbits,
 )
@@ -101,6 +102,7 @@ __all__ = [
     "mxfp4_dequantize_host",
     "nvfp4_block_scale_interleave",
     "nvfp4_kv_dequantize",
+    "nvfp4_kv_dequantize_paged",
     "packbits",
     "rmsnorm",
     "rmsnorm_quant",

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 
 from flashinfer.core import check
+from flashinfer.core.kv_cache import PagedKVCache, paged_views
+from flashinfer.core.kv_cache import kv_layout as checked_layout
 from flashinfer.core.replay import replayed
 from flashinfer.ops import quantization as ops
 from flashinfer.ops.quantization import SfLayout
@@ -24,6 +26,7 @@ __all__ = [
     "mxfp4_dequantize_host",
     "nvfp4_block_scale_interleave",
     "nvfp4_kv_dequantize",
+    "nvfp4_kv_dequantize_paged",
     "packbits",
     "per_tensor_quant_8bit",
     "per_token_group_quant_8bit",
@@ -273,6 +276,42 @@ def nvfp4_kv_dequantize(
     fp4_data uint8 `[M, K / 2]`, block_scales `[M, K / 16]` (uint8 or e4m3fn), global_scale fp32 `[1]`.
     """
     return _from_fp4(fp4_data, block_scales, global_scale, (16, False, SfLayout.layout_linear), output_dtype)
+
+
+def nvfp4_kv_dequantize_paged(
+    paged_kv_cache: PagedKVCache,
+    kv_cache_sf: PagedKVCache,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    output_k: torch.Tensor,
+    output_v: torch.Tensor,
+    kv_layout: str = "NHD",
+) -> None:
+    """Gather the pages of each request from an NVFP4 cache into output_k and output_v, as numbers.
+
+    paged_kv_cache: uint8, a tuple of `[pages, page_size, num_kv_heads, head_dim / 2]` (heads before tokens for "HND")
+    or one tensor `[pages, 2, ...]`. kv_cache_sf: e4m3 scales or their bytes in the same form, `head_dim / 16` wide.
+    block_tables: int32 or int64 `[batch, max_pages]`. seq_lens: int32 `[batch]`, at most max_seq_len. k_scale, v_scale:
+    fp32 of one element; a number is code times block scale times these. output_k, output_v: `[batch, max_seq_len,
+    num_kv_heads, head_dim]`, fp32, fp16 or bf16, innermost stride 1; what lies behind seq_lens stays as it is.
+    """
+    layout = checked_layout(kv_layout)
+    codes, scales = paged_views(paged_kv_cache, layout), paged_views(kv_cache_sf, layout)
+    for i, (name, out) in enumerate((("output_k", output_k), ("output_v", output_v))):
+        like = (name, out)
+        check.tensor(name, out, dtypes=check.FLOAT_DTYPES, shape=(None,) * 4, inner_contiguous=True)
+        batch_size, _, num_heads, head_dim = out.shape
+        check.multiple(f"last dimension of {name}", head_dim, "elements a scale", 16)
+        shape = (None, None, num_heads, head_dim // 2)
+        check.tensor("paged_kv_cache", codes[i], dtypes=(torch.uint8,), shape=shape, like=like, inner_contiguous=True)
+        dtypes, shape = (torch.uint8, torch.float8_e4m3fn), (*codes[i].shape[:3], head_dim // 16)
+        check.tensor("kv_cache_sf", scales[i], dtypes=dtypes, shape=shape, like=like, inner_contiguous=True)
+        check.tensor("block_tables", block_tables, dtypes=check.POSITION_DTYPES, shape=(batch_size, None), like=like)
+        lens = check.tensor("seq_lens", seq_lens, dtypes=check.INDEX_DTYPES, shape=(batch_size,), like=like)
+        factor = check.scalar(("k_scale", "v_scale")[i], (k_scale, v_scale)[i], like)
+        ops.dequantize_fp4_pages(out, codes[i], scales[i], factor, block_tables, lens.contiguous())
 
 
 def block_scale_interleave(unswizzled_sf: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:

@@ -7,9 +7,9 @@ from types import ModuleType
 import torch
 from torch.nn import functional
 
-from flashinfer.core import library
+from flashinfer.core import check, library
 from flashinfer.core.select import Choice, Impl
-from flashinfer.ops.quantization.spec import Fp4, QuantSpec, SfLayout, scale_offset, scales_needed
+from flashinfer.ops.quantization.spec import Fp4, Fp4Pages, QuantSpec, SfLayout, scale_offset, scales_needed
 from flashinfer.ops.quantization.support import torch_supports, triton_supports
 
 IMPLS = (
@@ -128,6 +128,31 @@ def dequantize_fp4(
         _chosen("dequantize_fp4", x, out).dequantize_fp4(out, x, scales, global_scale, kind)
 
 
+@library.register(
+    "dequantize_fp4_pages(Tensor(a!) out, Tensor codes, Tensor scales, Tensor global_scale, Tensor table, "
+    "Tensor seq_lens) -> ()"
+)
+def dequantize_fp4_pages(
+    out: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    global_scale: torch.Tensor,
+    table: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> None:
+    """`out [batch, max_seq_len, num_heads, head_dim]` of `Fp4Pages`, found through `table` `[batch, pages]`.
+
+    What lies behind `seq_lens` `[batch]` stays as it is.
+    """
+    if seq_lens.is_cpu:
+        check.index_range("seq_lens", seq_lens, 0, min(out.shape[1], table.shape[1] * codes.shape[1]) + 1)
+        used = torch.arange(table.shape[1]) * codes.shape[1] < seq_lens[:, None]
+        check.index_range("block_tables", table[used], 0, codes.shape[0])
+    if out.numel() > 0 and table.numel() > 0:
+        pages = Fp4Pages(codes, scales, global_scale)
+        _chosen("dequantize_fp4_pages", codes, out).dequantize_fp4_pages(out, pages, table, seq_lens)
+
+
 @library.register("concat_mla_k(Tensor(a!) k, Tensor k_nope, Tensor k_rope) -> ()")
 def concat_heads(k: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor) -> None:
     """`k [nnz, num_heads, nope + rope]` from `k_nope` of each head and `k_rope` `[nnz, 1, rope]` of all."""
@@ -139,10 +164,12 @@ __all__ = [
     "CHOICE",
     "IMPLS",
     "Fp4",
+    "Fp4Pages",
     "QuantSpec",
     "SfLayout",
     "concat_heads",
     "dequantize_fp4",
+    "dequantize_fp4_pages",
     "dequantize_groups",
     "interleave_scales",
     "moved",
