@@ -19,7 +19,14 @@ from flashinfer.norm import (
     rmsnorm,
     rmsnorm_quant,
 )
-from flashinfer.page import append_paged_kv_cache, append_paged_mla_kv_cache, get_batch_indices_positions, get_seq_lens
+from flashinfer.page import (
+    append_paged_kv_cache,
+    append_paged_mla_kv_cache,
+    get_batch_indices_positions,
+    get_seq_lens,
+    nvfp4_quantize_append_paged_kv_cache,
+    nvfp4_quantize_append_paged_kv_cache_with_slot_mapping,
+)
 from flashinfer.prefill import (
     BatchPrefillWithPagedKVCacheWrapper,
     BatchPrefillWithRaggedKVCacheWrapper,
@@ -103,6 +110,8 @@ __all__ = [
     "nvfp4_block_scale_interleave",
     "nvfp4_kv_dequantize",
     "nvfp4_kv_dequantize_paged",
+    "nvfp4_quantize_append_paged_kv_cache",
+    "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping",
     "packbits",
     "rmsnorm",
     "rmsnorm_quant",

@@ -9,6 +9,21 @@ from flashinfer.core.kv_cache import PagedKVCache, page_table, paged_views
 from flashinfer.core.kv_cache import kv_layout as checked_layout
 from flashinfer.core.replay import replayed
 from flashinfer.ops import page as ops
+from flashinfer.page_fp4 import (
+    nvfp4_quantize_append_paged_kv_cache,
+    nvfp4_quantize_append_paged_kv_cache_with_slot_mapping,
+)
+
+__all__ = [
+    "append_paged_kv_cache",
+    "append_paged_kv_cache_with_slot_mapping",
+    "append_paged_mla_kv_cache",
+    "get_batch_indices_positions",
+    "get_seq_lens",
+    "nvfp4_quantize_append_paged_kv_cache",
+    "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping",
+    "quantize_append_paged_kv_cache",
+]
 
 QUANTIZED_DTYPES = (*check.FP8_DTYPES, torch.int8)
 KVScale = float | torch.Tensor

@@ -6,7 +6,7 @@ import torch
 
 from flashinfer.core import check, library
 from flashinfer.core.select import Choice, Impl
-from flashinfer.ops.page.spec import Append, AppendSpec, PageTable, Scale
+from flashinfer.ops.page.spec import Append, AppendSpec, Fp4Append, PageTable, Scale
 from flashinfer.ops.page.support import torch_supports, triton_supports
 
 IMPLS = (
@@ -46,6 +46,22 @@ def append_paged_kv_cache(
         check_places(target, k_cache.shape[0], k_cache.shape[1])
     factors = [Scale(x) for x in scales] + [Scale(1.0, x) for x in scale_tensors]
     append(Append(key, value, k_cache, v_cache, target, *factors))
+
+
+@library.register("append_fp4(Tensor(a!)[] caches, Tensor[] rows, Tensor[] where, float[] scales) -> ()")
+def append_fp4(
+    caches: list[torch.Tensor], rows: list[torch.Tensor], where: list[torch.Tensor], scales: list[float]
+) -> None:
+    """`Fp4Append` of keys and of values. caches: codes of keys, of values, scales of keys, of values."""
+    target = PageTable(*where) if len(where) > 1 else where[0]
+    if rows[0].is_cpu:
+        check_places(target, *caches[0].shape[:2])
+    pages = target.kv_indices if isinstance(target, PageTable) else caches[0]
+    if rows[0].numel() == 0 or pages.shape[0] == 0:
+        return
+    module = CHOICE.module(None, rows[0].device)
+    for x, codes, found, scale in zip(rows, caches[:2], caches[2:], scales, strict=True):
+        module.append_fp4(Fp4Append(x, codes, found, target, scale))
 
 
 def check_places(where: PageTable | torch.Tensor, num_pages: int, page_size: int) -> None:
@@ -106,9 +122,11 @@ __all__ = [
     "IMPLS",
     "Append",
     "AppendSpec",
+    "Fp4Append",
     "PageTable",
     "Scale",
     "append",
+    "append_fp4",
     "append_paged_kv_cache",
     "batch_indices_positions",
     "check_places",

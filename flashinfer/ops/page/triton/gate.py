@@ -15,11 +15,12 @@ from flashinfer.ops.page.triton.kernel import (
     PageStrides,
     RowStrides,
     Table,
+    append_fp4_kernel,
     append_kernel,
     batch_indices_kernel,
     seq_lens_kernel,
 )
-from flashinfer.ops.page.triton.launch import INDEX_BLOCK, NUM_WARPS, configure
+from flashinfer.ops.page.triton.launch import INDEX_BLOCK, NUM_WARPS, configure, fp4_tile
 from flashinfer.testing.gate import ALL_ARCHS, FP8_ARCHS, OTHER_ARCHS, SPELLED, GateCase
 
 SPECS = {
@@ -65,6 +66,20 @@ def _append(name: str, spec: AppendSpec, archs: tuple[str, ...]) -> GateCase:
     )
 
 
+def _append_fp4(name: str, slots: bool, archs: tuple[str, ...]) -> GateCase:
+    block_tokens, block_groups = fp4_tile(8 * 8)
+    strides = (RowStrides("i32", "i32"), *[PageStrides("i64", "i32", "i32")] * 2)
+    table = Table("*i64", *["constexpr"] * 3) if slots else Table(*["*i32"] * 4)
+    signature: dict[str, Any] = {"rows": "*bf16", "codes": "*u8", "scales": "*u8", "strides": strides, "table": table}
+    signature |= {"global_scale": "fp32", **dict.fromkeys(("num_tokens", "num_groups", "page_size"), "i32")}
+    constexprs: dict[Any, Any] = {"HEAD_GROUPS": 8, "NATIVE": archs is FP8_ARCHS}
+    constexprs |= {"BLOCK_TOKENS": block_tokens, "BLOCK_GROUPS": block_groups}
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    absent: dict[Any, Any] = {(4, j): None for j in (1, 2, 3)} if slots else {}
+    options = {"num_warps": NUM_WARPS}
+    return GateCase(name, append_fp4_kernel, signature, constexprs | absent, options=options, archs=archs)
+
+
 def cases() -> Iterator[GateCase]:
     """Every dtype path and block shape of the append kernel, and the index kernels."""
     for name, spec in SPECS.items():
@@ -73,6 +88,10 @@ def cases() -> Iterator[GateCase]:
         else:
             yield _append(name, spec, OTHER_ARCHS)
             yield _append(f"{name}.native", spec, FP8_ARCHS)
+    for slots in (False, True):
+        name = "append_fp4.slots" if slots else "append_fp4"
+        yield _append_fp4(name, slots, OTHER_ARCHS)
+        yield _append_fp4(f"{name}.native", slots, FP8_ARCHS)
     pointers = dict.fromkeys(("batch_indices", "positions", "append_indptr", "seq_lens"), "*i32")
     signature = {**pointers, "num_tokens": "i32", "batch_size": "i32", "steps": "i32", "BLOCK": "constexpr"}
     constexprs = {"BLOCK": INDEX_BLOCK}
