@@ -236,8 +236,14 @@ def codes() -> None:
     scales = torch.randint(1, 120, (6, PAGE_SIZE, 3, 6), device=DEVICE, dtype=torch.uint8)
     table, lens = torch.tensor([[5, 0], [3, 2]], device=DEVICE), torch.tensor([7, 2], device=DEVICE).int()
     one, out = torch.ones(1, device=DEVICE), torch.zeros(2, 2, 7, 3, 96, device=DEVICE)
-    flashinfer.nvfp4_kv_dequantize_paged((pages, pages), (scales, scales), table, lens, one, one, *out)
+    new, slots = normal(9, 3, 96), torch.randperm(24, device=DEVICE)[:9]
+    slots[2] = -1
+    append = flashinfer.nvfp4_quantize_append_paged_kv_cache_with_slot_mapping
+    append(new, new, slots, (pages, pages.clone()), (scales, scales.clone()), 0.01, 0.01)
+    if pages.flatten(0, 1)[slots[3]].float().std() == 0:
+        sys.exit("append of fp4: nothing was written")
     rows = flashinfer.nvfp4_kv_dequantize(pages.view(-1, 48), scales.view(-1, 6), one, torch.float32).view(24, 3, 96)
+    flashinfer.nvfp4_kv_dequantize_paged((pages, pages), (scales, scales), table, lens, one, one, *out)
     order = torch.cat([torch.arange(20, 24), torch.arange(3)]).to(DEVICE)
     compare("nvfp4_kv_dequantize_paged", out[0, 0], rows[order].double())
     k_nope, k_rope, k = normal(5, 3, 40), normal(5, 1, 24), torch.empty(5, 3, 64, device=DEVICE).half()

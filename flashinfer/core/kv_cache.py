@@ -74,5 +74,8 @@ def page_table(table: Sequence[torch.Tensor], like: tuple[str, torch.Tensor]) ->
     """
     for name, x in zip(("batch_indices", "positions", "kv_indices", "kv_indptr"), table, strict=True):
         shape = (None if name.startswith("kv") else like[1].shape[0],)
-        check.tensor(name, x, dtypes=check.INDEX_DTYPES, shape=shape, like=like, inner_contiguous=True)
+        check.tensor(name, x, dtypes=check.INDEX_DTYPES, shape=shape, like=like)
+        if not x.is_contiguous():
+            got, fix = f"stride {x.stride(0)}", f"Call {name}.contiguous()."
+            raise ValueError(check.problem(name, got, "a contiguous tensor", fix))
     return list(table)
