@@ -11,6 +11,7 @@ from flashinfer.decode import (
 from flashinfer.norm import (
     fused_add_rmsnorm,
     fused_add_rmsnorm_quant,
+    fused_rmsnorm_silu,
     gemma_fused_add_rmsnorm,
     gemma_rmsnorm,
     layernorm,
@@ -18,7 +19,14 @@ from flashinfer.norm import (
     rmsnorm,
     rmsnorm_quant,
 )
-from flashinfer.page import append_paged_kv_cache, append_paged_mla_kv_cache, get_batch_indices_positions, get_seq_lens
+from flashinfer.page import (
+    append_paged_kv_cache,
+    append_paged_mla_kv_cache,
+    get_batch_indices_positions,
+    get_seq_lens,
+    nvfp4_quantize_append_paged_kv_cache,
+    nvfp4_quantize_append_paged_kv_cache_with_slot_mapping,
+)
 from flashinfer.prefill import (
     BatchPrefillWithPagedKVCacheWrapper,
     BatchPrefillWithRaggedKVCacheWrapper,
@@ -31,6 +39,7 @@ from flashinfer.quantization import (
     mxfp4_dequantize_host,
     nvfp4_block_scale_interleave,
     nvfp4_kv_dequantize,
+    nvfp4_kv_dequantize_paged,
     packbits,
     segment_packbits,
 )
@@ -83,6 +92,7 @@ __all__ = [
     "fast_decode_plan",
     "fused_add_rmsnorm",
     "fused_add_rmsnorm_quant",
+    "fused_rmsnorm_silu",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "gemma_fused_add_rmsnorm",
@@ -99,6 +109,9 @@ __all__ = [
     "mxfp4_dequantize_host",
     "nvfp4_block_scale_interleave",
     "nvfp4_kv_dequantize",
+    "nvfp4_kv_dequantize_paged",
+    "nvfp4_quantize_append_paged_kv_cache",
+    "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping",
     "packbits",
     "rmsnorm",
     "rmsnorm_quant",

@@ -9,6 +9,7 @@ import torch
 
 from flashinfer.core import check
 from flashinfer.core.library import Op
+from flashinfer.core.replay import replayed
 from flashinfer.ops import activation as ops
 
 ROW_ALIGNMENT = 16  # bytes; what callers of FlashInfer are held to, so that rows can be read in 16-byte vectors
@@ -24,29 +25,25 @@ def _out_shape(input: torch.Tensor) -> tuple[int, ...]:
     return (*input.shape[:-1], size // 2)
 
 
-def _is_plain(input: torch.Tensor, out: torch.Tensor) -> bool:
-    """Whether all is as it mostly is, so that nothing is left to check."""
-    return (
-        isinstance(input, torch.Tensor)
-        and isinstance(out, torch.Tensor)
-        and input.dim() == out.dim() == 2
-        and input.shape[0] == out.shape[0]
-        and input.shape[1] == 2 * out.shape[1]
-        and input.shape[1] % ROW_ALIGNMENT == 0
-        and input.dtype == out.dtype
-        and input.dtype in check.FLOAT_DTYPES
-        and input.device == out.device
-        and input.stride(1) == out.stride(1) == 1
-    )
+@replayed
+def _into(out: torch.Tensor, input: torch.Tensor, op: Op) -> None:
+    shape, like = _out_shape(input), ("input", input)
+    check.tensor("out", out, dtypes=(input.dtype,), shape=shape, like=like, inner_contiguous=True)
+    op(out, input, None)
+
+
+@replayed
+def _into_fp8(out: torch.Tensor, input: torch.Tensor, scale: torch.Tensor, op: Op) -> None:
+    shape, like = _out_shape(input), ("input", input)
+    check.tensor("out", out, dtypes=check.FP8_DTYPES, shape=shape, like=like, inner_contiguous=True)
+    check.scalar("scale", scale, like=like)
+    op(out, input, scale)
 
 
 def _and_mul(op: Op, input: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
     if out is None:
         out = torch.empty(_out_shape(input), dtype=input.dtype, device=input.device)
-    elif not _is_plain(input, out):
-        shape, like = _out_shape(input), ("input", input)
-        check.tensor("out", out, dtypes=(input.dtype,), shape=shape, like=like, inner_contiguous=True)
-    op(out, input, None)
+    _into(out, input, op)
     return out
 
 
@@ -79,8 +76,5 @@ def silu_and_mul_quant(
     Not in FlashInfer, which has this for fp4 and mxfp8 only; the arguments are those of its `rmsnorm_quant`.
     out: `[..., d]`, float8_e4m3fn or float8_e5m2, innermost stride 1. scale: fp32, one element, on the device.
     """
-    shape, like = _out_shape(input), ("input", input)
-    check.tensor("out", out, dtypes=check.FP8_DTYPES, shape=shape, like=like, inner_contiguous=True)
-    check.scalar("scale", scale, like=like)
-    ops.silu_and_mul(out, input, scale)
+    _into_fp8(out, input, scale, ops.silu_and_mul)
     return out

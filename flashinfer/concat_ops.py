@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from flashinfer.core import check
+from flashinfer.core.replay import replayed
 from flashinfer.ops import quantization as ops
 
 
@@ -15,6 +16,11 @@ def concat_mla_k(k: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor, *,
     dtype, fp8 included, innermost stride 1, otherwise any strides. backend: "default" and "auto" mean the same.
     """
     check.choice("backend", backend, ("default", "auto"))
+    _concat(k, k_nope, k_rope)
+
+
+@replayed
+def _concat(k: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor) -> None:
     stored = check.FLOAT_DTYPES + check.FP8_DTYPES
     check.tensor("k", k, dtypes=stored, shape=(None, None, None), inner_contiguous=True)
     nnz, num_heads, head_dim = k.shape

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partialmethod
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from flashinfer.ops.attention.wrapper import (
     paged_batch,
     refuse,
     returning_lse,
+    with_lse,
 )
 from flashinfer.prefill import single_prefill
 
@@ -225,7 +225,7 @@ class BatchDecodeWithPagedKVCacheWrapper(BatchWrapper):
         k, v = paged_views(paged_kv_cache, self._kv_layout)
         return self._run((q, k, v), (q_scale, k_scale, v_scale, None, sinks), (out, lse, return_lse))
 
-    run_return_lse = partialmethod(run, return_lse=True)
+    run_return_lse = with_lse(run)
 
     def forward(
         self,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from flashinfer.core import check
+from flashinfer.core.replay import replayed
 from flashinfer.ops import norm as ops
 
 
@@ -41,61 +42,76 @@ def _quantised(input: torch.Tensor, out: torch.Tensor, scale: Any) -> None:
     check.scalar("scale", scale, like)
 
 
-def _is_plain(input: torch.Tensor, weight: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether all is as it mostly is, so that the checks can be skipped; other: a tensor that is to be like input.
-
-    The checks, made to tell what is wrong, take longer than the launch of a kernel.
-    """
-    return (
-        isinstance(input, torch.Tensor)
-        and isinstance(weight, torch.Tensor)
-        and isinstance(other, torch.Tensor)
-        and input.dim() in (2, 3)
-        and weight.dim() == 1
-        and input.dtype == weight.dtype == other.dtype
-        and input.dtype in check.FLOAT_DTYPES
-        and input.shape == other.shape
-        and input.shape[-1] == weight.shape[0]
-        and input.device == weight.device == other.device
-        and input.stride(-1) == weight.stride(0) == other.stride(-1) == 1
-    )
-
-
-def _is_plain_fp8(input: torch.Tensor, out: torch.Tensor, scale: torch.Tensor) -> bool:
-    """The same of what quantised norms have besides."""
-    return (
-        isinstance(out, torch.Tensor)
-        and isinstance(scale, torch.Tensor)
-        and out.dtype in check.FP8_DTYPES
-        and out.shape == input.shape
-        and out.stride(-1) == 1
-        and scale.dtype == torch.float32
-        and scale.numel() == 1
-        and input.device == out.device == scale.device
-    )
-
-
-def _rmsnorm(
-    input: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | None, weight_bias: float
-) -> torch.Tensor:
-    made = out is None
-    if out is None:
-        check.tensor("input", input)
-        out = torch.empty_like(input, memory_format=torch.contiguous_format)
-    if not _is_plain(input, weight, out):
-        _rows(input, **({} if made else {"out": out}))
-        _weights(input, weight=weight)
+@replayed
+def _rmsnorm(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float) -> None:
+    _rows(input, out=out)
+    _weights(input, weight=weight)
     ops.rmsnorm(out, input, weight, None, eps, weight_bias)
-    return out
 
 
+@replayed
+def _rmsnorm_quant(
+    out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, eps: float
+) -> None:
+    _rows(input)
+    _weights(input, weight=weight)
+    _quantised(input, out, scale)
+    ops.rmsnorm(out, input, weight, scale, eps, 0.0)
+
+
+@replayed
+def _rmsnorm_silu(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    _rows(input)
+    _weights(input, weight=weight)
+    dtypes, like = (input.dtype, *check.FP8_DTYPES), ("input", input)
+    check.tensor("out", out, dtypes=dtypes, shape=input.shape, like=like, inner_contiguous=True)
+    ops.rmsnorm_silu(out, input, weight, eps)
+
+
+@replayed
 def _fused_add_rmsnorm(
     input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float
 ) -> None:
-    if not _is_plain(input, weight, residual):
-        _rows(input, residual=residual)
-        _weights(input, weight=weight)
+    _rows(input, residual=residual)
+    _weights(input, weight=weight)
     ops.fused_add_rmsnorm(input, residual, weight, eps, weight_bias)
+
+
+@replayed
+def _fused_add_rmsnorm_quant(
+    out: torch.Tensor,
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor,
+    eps: float,
+) -> None:
+    _rows(input, residual=residual)
+    _weights(input, weight=weight)
+    _quantised(input, out, scale)
+    ops.fused_add_rmsnorm_quant(out, input, residual, weight, scale, eps)
+
+
+@replayed
+def _layernorm(out: torch.Tensor, input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps: float) -> None:
+    _rows(input)
+    _weights(input, gemma=gemma, beta=beta)
+    ops.layernorm(out, input, gemma, beta, None, eps)
+
+
+@replayed
+def _layernorm_quant(
+    out: torch.Tensor, input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, scale: torch.Tensor, eps: float
+) -> None:
+    _rows(input)
+    _weights(input, gemma=gemma, beta=beta)
+    _quantised(input, out, scale)
+    ops.layernorm(out, input, gemma, beta, scale, eps)
+
+
+def _made(input: torch.Tensor) -> torch.Tensor:
+    check.tensor("input", input)
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 def rmsnorm(
@@ -111,7 +127,9 @@ def rmsnorm(
     weight: `[hidden_size]`, any of these dtypes. out: like input, may be input itself. Returns out.
     Raises ValueError for a wrong shape, dtype, stride or device.
     """
-    return _rmsnorm(input, weight, eps, out, weight_bias=0.0)
+    out = _made(input) if out is None else out
+    _rmsnorm(out, input, weight, eps, 0.0)
+    return out
 
 
 def gemma_rmsnorm(
@@ -122,7 +140,9 @@ def gemma_rmsnorm(
     enable_pdl: bool | None = None,
 ) -> torch.Tensor:
     """`rmsnorm` with Gemma's weights, which are stored less 1: the factor is `weight + 1`."""
-    return _rmsnorm(input, weight, eps, out, weight_bias=1.0)
+    out = _made(input) if out is None else out
+    _rmsnorm(out, input, weight, eps, 1.0)
+    return out
 
 
 def fused_add_rmsnorm(
@@ -137,7 +157,7 @@ def fused_add_rmsnorm(
     The norm is taken of the fp32 sum before it is rounded into residual. Shapes, dtypes and errors as for `rmsnorm`;
     residual has input's shape and dtype and may not overlap it.
     """
-    _fused_add_rmsnorm(input, residual, weight, eps, weight_bias=0.0)
+    _fused_add_rmsnorm(input, residual, weight, eps, 0.0)
 
 
 def gemma_fused_add_rmsnorm(
@@ -148,7 +168,7 @@ def gemma_fused_add_rmsnorm(
     enable_pdl: bool | None = None,
 ) -> None:
     """`fused_add_rmsnorm` with Gemma's weights: the factor is `weight + 1`."""
-    _fused_add_rmsnorm(input, residual, weight, eps, weight_bias=1.0)
+    _fused_add_rmsnorm(input, residual, weight, eps, 1.0)
 
 
 def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
@@ -157,10 +177,8 @@ def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps:
     input: as for `rmsnorm`. gemma (the scale) and beta (the shift): `[hidden_size]` of one dtype, usually fp32. Returns
     a new tensor of input's dtype.
     """
-    _rows(input)
-    _weights(input, gemma=gemma, beta=beta)
-    out = torch.empty_like(input, memory_format=torch.contiguous_format)
-    ops.layernorm(out, input, gemma, beta, None, eps)
+    out = _made(input)
+    _layernorm(out, input, gemma, beta, eps)
     return out
 
 
@@ -177,11 +195,7 @@ def rmsnorm_quant(
     out: input's shape, float8_e4m3fn or float8_e5m2, innermost stride 1. scale: fp32, one element, on the device.
     Otherwise as `rmsnorm`; ValueError also for a scale that is no tensor. Returns out.
     """
-    if not (_is_plain(input, weight, input) and _is_plain_fp8(input, out, scale)):
-        _rows(input)
-        _weights(input, weight=weight)
-        _quantised(input, out, scale)
-    ops.rmsnorm(out, input, weight, scale, eps, 0.0)
+    _rmsnorm_quant(out, input, weight, scale, eps)
     return out
 
 
@@ -198,11 +212,7 @@ def fused_add_rmsnorm_quant(
 
     Tensors as for `fused_add_rmsnorm` and `rmsnorm_quant`.
     """
-    if not (_is_plain(input, weight, residual) and _is_plain_fp8(input, out, scale)):
-        _rows(input, residual=residual)
-        _weights(input, weight=weight)
-        _quantised(input, out, scale)
-    ops.fused_add_rmsnorm_quant(out, input, residual, weight, scale, eps)
+    _fused_add_rmsnorm_quant(out, input, residual, weight, scale, eps)
 
 
 def layernorm_quant(
@@ -214,8 +224,22 @@ def layernorm_quant(
     eps: float = 1e-6,
 ) -> torch.Tensor:
     """`out = layernorm(input, gemma, beta) / scale` in fp8; out and scale as for `rmsnorm_quant`. Returns out."""
-    _rows(input)
-    _weights(input, gemma=gemma, beta=beta)
-    _quantised(input, out, scale)
-    ops.layernorm(out, input, gemma, beta, scale, eps)
+    _layernorm_quant(out, input, gemma, beta, scale, eps)
+    return out
+
+
+def fused_rmsnorm_silu(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float = 1e-6,
+    out: torch.Tensor | None = None,
+    block_scale: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`silu(rmsnorm(input, weight))`, rounded once; tensors and errors as for `rmsnorm`. Returns out.
+
+    out: input's dtype, or fp8 (saturating, not scaled). block_scale is for fp4, which no implementation here writes; as
+    in FlashInfer it is ignored for other results.
+    """
+    out = _made(input) if out is None else out
+    _rmsnorm_silu(out, input, weight, eps)
     return out

@@ -5,11 +5,26 @@ from __future__ import annotations
 import torch
 
 from flashinfer.core import check
-from flashinfer.core.kv_cache import PagedKVCache, paged_views
+from flashinfer.core.kv_cache import PagedKVCache, page_table, paged_views
 from flashinfer.core.kv_cache import kv_layout as checked_layout
+from flashinfer.core.replay import replayed
 from flashinfer.ops import page as ops
+from flashinfer.page_fp4 import (
+    nvfp4_quantize_append_paged_kv_cache,
+    nvfp4_quantize_append_paged_kv_cache_with_slot_mapping,
+)
 
-SLOT_DTYPES = (torch.int32, torch.int64)
+__all__ = [
+    "append_paged_kv_cache",
+    "append_paged_kv_cache_with_slot_mapping",
+    "append_paged_mla_kv_cache",
+    "get_batch_indices_positions",
+    "get_seq_lens",
+    "nvfp4_quantize_append_paged_kv_cache",
+    "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping",
+    "quantize_append_paged_kv_cache",
+]
+
 QUANTIZED_DTYPES = (*check.FP8_DTYPES, torch.int8)
 KVScale = float | torch.Tensor
 
@@ -95,12 +110,8 @@ def append_paged_kv_cache(
     Raises KeyError for an unknown kv_layout, ValueError for a wrong shape, dtype, stride or device and, with CPU
     tensors, for tokens outside of the page table.
     """
-    k_cache, v_cache = paged_views(paged_kv_cache, checked_layout(kv_layout))
-    _check_data(append_key, append_value, k_cache, v_cache, check.FLOAT_DTYPES + check.FP8_DTYPES)
-    where = [batch_indices, positions, kv_indices, kv_indptr]
-    _check_page_table(where, append_key)
-    _check_last_page_len(kv_last_page_len, kv_indptr)
-    ops.append_paged_kv_cache(k_cache, v_cache, append_key, append_value, where, [], [])
+    where = (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+    _append(append_key, append_value, paged_kv_cache, where, None, kv_layout)
 
 
 def append_paged_mla_kv_cache(
@@ -120,16 +131,8 @@ def append_paged_mla_kv_cache(
     kpe_cache `[pages, page_size, head_dim_kpe]`, any strides with the innermost 1. Everything else as in
     `append_paged_kv_cache`.
     """
-    for name, x in (("append_ckv", append_ckv), ("append_kpe", append_kpe)):
-        check.tensor(name, x, shape=(append_ckv.shape[0], None), like=("append_ckv", append_ckv))
-    for name, x in (("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
-        check.tensor(name, x, shape=(*ckv_cache.shape[:2], None), like=("append_ckv", append_ckv))
-    key, value, k_cache, v_cache = (x.unsqueeze(-2) for x in (append_ckv, append_kpe, ckv_cache, kpe_cache))
-    _check_data(key, value, k_cache, v_cache, check.FLOAT_DTYPES + check.FP8_DTYPES)
-    where = [batch_indices, positions, kv_indices, kv_indptr]
-    _check_page_table(where, append_ckv)
-    _check_last_page_len(kv_last_page_len, kv_indptr)
-    ops.append_paged_kv_cache(k_cache, v_cache, key, value, where, [], [])
+    where = (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+    _append_mla(append_ckv, append_kpe, ckv_cache, kpe_cache, where)
 
 
 def quantize_append_paged_kv_cache(
@@ -150,12 +153,8 @@ def quantize_append_paged_kv_cache(
     k_scale, v_scale: both numbers, or both fp32 tensors `[1]` or `[num_kv_heads]`: what attention multiplies by to get
     the keys and values back. int8 rounds to nearest even and saturates.
     """
-    k_cache, v_cache = paged_views(paged_kv_cache, checked_layout(kv_layout))
-    _check_data(append_key, append_value, k_cache, v_cache, QUANTIZED_DTYPES)
-    where = [batch_indices, positions, kv_indices, kv_indptr]
-    _check_page_table(where, append_key)
-    _check_last_page_len(kv_last_page_len, kv_indptr)
-    ops.append_paged_kv_cache(k_cache, v_cache, append_key, append_value, where, *_scales(k_scale, v_scale, append_key))
+    where = (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+    _append(append_key, append_value, paged_kv_cache, where, (k_scale, v_scale), kv_layout)
 
 
 def append_paged_kv_cache_with_slot_mapping(
@@ -173,18 +172,67 @@ def append_paged_kv_cache_with_slot_mapping(
     append_key, append_value: at least nnz rows; what lies behind them is padding. k_scale, v_scale: see
     `quantize_append_paged_kv_cache`; the cache may have any dtype here. Everything else as in `append_paged_kv_cache`.
     """
+    _append_to_slots(append_key, append_value, slot_mapping, paged_kv_cache, (k_scale, v_scale), kv_layout)
+
+
+@replayed
+def _append(
+    append_key: torch.Tensor,
+    append_value: torch.Tensor,
+    paged_kv_cache: PagedKVCache,
+    table: tuple[torch.Tensor, ...],
+    scales: tuple[KVScale, KVScale] | None,
+    kv_layout: str,
+) -> None:
+    """table: batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len. scales: where rows are quantised."""
+    k_cache, v_cache = paged_views(paged_kv_cache, checked_layout(kv_layout))
+    stored = check.FLOAT_DTYPES + check.FP8_DTYPES if scales is None else QUANTIZED_DTYPES
+    _check_data(append_key, append_value, k_cache, v_cache, stored)
+    where = _page_table(table, append_key)
+    divisors: tuple[list[float], list[torch.Tensor]] = ([], []) if scales is None else _scales(*scales, append_key)
+    ops.append_paged_kv_cache(k_cache, v_cache, append_key, append_value, where, *divisors)
+
+
+@replayed
+def _append_mla(
+    append_ckv: torch.Tensor,
+    append_kpe: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    table: tuple[torch.Tensor, ...],
+) -> None:
+    for name, x in (("append_ckv", append_ckv), ("append_kpe", append_kpe)):
+        check.tensor(name, x, shape=(append_ckv.shape[0], None), like=("append_ckv", append_ckv))
+    for name, x in (("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
+        check.tensor(name, x, shape=(*ckv_cache.shape[:2], None), like=("append_ckv", append_ckv))
+    key, value, k_cache, v_cache = (x.unsqueeze(-2) for x in (append_ckv, append_kpe, ckv_cache, kpe_cache))
+    _check_data(key, value, k_cache, v_cache, check.FLOAT_DTYPES + check.FP8_DTYPES)
+    ops.append_paged_kv_cache(k_cache, v_cache, key, value, _page_table(table, append_ckv), [], [])
+
+
+@replayed
+def _append_to_slots(
+    append_key: torch.Tensor,
+    append_value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    paged_kv_cache: PagedKVCache,
+    scales: tuple[KVScale, KVScale],
+    kv_layout: str,
+) -> None:
     k_cache, v_cache = paged_views(paged_kv_cache, checked_layout(kv_layout))
     check.tensor("append_key", append_key, shape=(None, None, None))
     check.tensor("append_value", append_value, shape=(None, None, None))
     like = ("append_key", append_key)
-    check.tensor("slot_mapping", slot_mapping, dtypes=SLOT_DTYPES, shape=(None,), like=like, inner_contiguous=True)
+    check.tensor(
+        "slot_mapping", slot_mapping, dtypes=check.POSITION_DTYPES, shape=(None,), like=like, inner_contiguous=True
+    )
     num_tokens = slot_mapping.shape[0]
     key, value = append_key[:num_tokens], append_value[:num_tokens]
     if key.shape[0] != num_tokens:
         got = f"{append_key.shape[0]} rows for {num_tokens} slots"
         raise ValueError(check.problem("append_key", got, "a row for each slot", "Pass the rows of all tokens."))
     _check_data(key, value, k_cache, v_cache, check.FLOAT_DTYPES + QUANTIZED_DTYPES)
-    ops.append_paged_kv_cache(k_cache, v_cache, key, value, [slot_mapping], *_scales(k_scale, v_scale, key))
+    ops.append_paged_kv_cache(k_cache, v_cache, key, value, [slot_mapping], *_scales(*scales, key))
 
 
 def _check_data(
@@ -194,8 +242,6 @@ def _check_data(
     v_cache: torch.Tensor,
     stored: tuple[torch.dtype, ...],
 ) -> None:
-    if _is_plain(key, value, k_cache, v_cache) and k_cache.dtype in stored:
-        return
     like = ("append_key", key)
     check.tensor("K cache", k_cache, dtypes=stored, inner_contiguous=True)
     dtypes = (*check.FLOAT_DTYPES, k_cache.dtype)
@@ -217,41 +263,12 @@ def _check_data(
         )
 
 
-def _is_plain(key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
-    """Whether all is as it mostly is, so that the checks can be skipped: they take longer than a launch."""
-    return (
-        isinstance(key, torch.Tensor)
-        and isinstance(value, torch.Tensor)
-        and key.dtype == value.dtype
-        and (key.dtype == k_cache.dtype or key.dtype in check.FLOAT_DTYPES)
-        and k_cache.dtype == v_cache.dtype
-        and key.dim() == 3
-        and key.shape == value.shape
-        and key.shape[1:] == k_cache.shape[2:]
-        and k_cache.shape == v_cache.shape
-        and k_cache.stride() == v_cache.stride()
-        and key.device == value.device == k_cache.device == v_cache.device
-        and key.stride(2) == value.stride(2) == k_cache.stride(3) == 1
-    )
-
-
-def _check_page_table(where: list[torch.Tensor], key: torch.Tensor) -> None:
-    if all(
-        isinstance(x, torch.Tensor)
-        and x.dtype == torch.int32
-        and x.dim() == 1
-        and x.stride(0) == 1
-        and x.device == key.device
-        for x in where
-    ) and (where[0].shape[0] == where[1].shape[0] == key.shape[0]):
-        return
-    for name, x in zip(("batch_indices", "positions", "kv_indices", "kv_indptr"), where, strict=True):
-        shape = (None,) if name.startswith("kv") else (key.shape[0],)
-        check.tensor(name, x, dtypes=check.INDEX_DTYPES, shape=shape, like=("append_key", key))
-        if not x.is_contiguous():
-            raise ValueError(
-                check.problem(name, f"stride {x.stride(0)}", "a contiguous tensor", f"Call {name}.contiguous().")
-            )
+def _page_table(table: tuple[torch.Tensor, ...], key: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors of a page table, checked; the last of `table`, kv_last_page_len, is not needed."""
+    *where, kv_last_page_len = table
+    checked = page_table(where, ("append_key", key))
+    _check_last_page_len(kv_last_page_len, where[3])
+    return checked
 
 
 def _scales(k_scale: KVScale, v_scale: KVScale, key: torch.Tensor) -> tuple[list[float], list[torch.Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial, partialmethod
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch
 from flashinfer.core import check, indices
 from flashinfer.core.kv_cache import PagedKVCache, paged_views, token_views
 from flashinfer.core.kv_cache import kv_layout as checked_layout
+from flashinfer.ops.attention import single
 from flashinfer.ops.attention.options import Options, Scale
 from flashinfer.ops.attention.spec import Batch
 from flashinfer.ops.attention.wrapper import (
@@ -21,6 +22,7 @@ from flashinfer.ops.attention.wrapper import (
     paged_batch,
     refuse,
     returning_lse,
+    with_lse,
 )
 
 __all__ = [
@@ -48,21 +50,7 @@ def single_prefill(
     """One request's attention; the shared body of the `single_*` functions. masks: (custom, packed)."""
     q = check.tensor("q", qkv[0], shape=(None, None, None))
     k, v = token_views(qkv[1], qkv[2], checked_layout(kv_layout))
-    dtypes = data_types(q.dtype, k.dtype, o_dtype, ("q", "k", "o_dtype"))
-    spec = attention_spec((q.shape[1], k.shape[2]), (q.shape[2], v.shape[3]), None, dtypes, uniform_qo_len=None)
-    wrapper = BatchWrapper(torch.empty(0, dtype=torch.uint8, device=q.device), kv_layout, False, backend)
-    bits = torch.tensor([0, q.shape[0] * k.shape[0]])
-    custom, packed = (None if m is None else m.reshape(-1) for m in masks)
-    mask = wrapper._mask_variant(custom, packed, bits)
-    qo_indptr, kv_indptr = (_bounds(x.shape[0], q.device) for x in (q, k))
-    batch = Batch(qo_indptr, kv_indptr, None, None, 1, q.shape[0], k.shape[0], covers_rows=True)
-    wrapper._plan(spec, batch, options, mask)
-    return wrapper._run((q, k, v), (*factors, None, None), (None, None, return_lse))
-
-
-def _bounds(length: int, device: torch.device) -> torch.Tensor:
-    """[0, length] on `device`, made there: an upload from pageable memory would wait for the device."""
-    return torch.arange(2, dtype=torch.int32, device=device) * length
+    return single.run((q, k, v), options, factors, masks, backend, o_dtype, return_lse)
 
 
 def single_prefill_with_kv_cache(
@@ -303,7 +291,7 @@ class BatchPrefillWithPagedKVCacheWrapper(_PrefillWrapper):
             (q, k, v), (*head_scales(args, q_scale, k_scale, v_scale), None, sinks), (out, lse, return_lse)
         )
 
-    run_return_lse = partialmethod(run, return_lse=True)
+    run_return_lse = with_lse(run)
 
     def forward(
         self,
@@ -440,7 +428,7 @@ class BatchPrefillWithRaggedKVCacheWrapper(_PrefillWrapper):
         factors = (*head_scales(args, q_scale, k_scale, v_scale), o_scale, None)
         return self._run(qkv, factors, (out, lse, return_lse))
 
-    run_return_lse = partialmethod(run, return_lse=True)
+    run_return_lse = with_lse(run)
 
     def forward(
         self,

@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 
 from flashinfer.core import check
+from flashinfer.core.kv_cache import PagedKVCache, paged_views
+from flashinfer.core.kv_cache import kv_layout as checked_layout
+from flashinfer.core.replay import replayed
 from flashinfer.ops import quantization as ops
 from flashinfer.ops.quantization import SfLayout
 
@@ -23,6 +26,7 @@ __all__ = [
     "mxfp4_dequantize_host",
     "nvfp4_block_scale_interleave",
     "nvfp4_kv_dequantize",
+    "nvfp4_kv_dequantize_paged",
     "packbits",
     "per_tensor_quant_8bit",
     "per_token_group_quant_8bit",
@@ -58,14 +62,18 @@ def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big
     """Pack each segment of a mask into bytes of its own.
 
     x: `[indptr[-1]]`, bool or an integer dtype. indptr: `[batch_size + 1]`, int32 or int64, offsets of the segments in
-    elements, on x's device. Returns (uint8 `[new_indptr[-1]]`, new_indptr like indptr in bytes).
-    On a GPU this waits once for the device, because the size of the result is only known there.
+    elements, on x's device or the host. Returns (uint8 `[new_indptr[-1]]`, new_indptr like indptr in bytes).
+    With indptr on a GPU this waits for it once: callers rely on a result of exactly that size, which depends on values.
+    With indptr on the host nothing waits.
     """
     _mask(x, bitorder)
-    check.tensor("indptr", indptr, dtypes=(torch.int32, torch.int64), like=("x", x))
+    like = None if isinstance(indptr, torch.Tensor) and indptr.is_cpu else ("x", x)
+    check.tensor("indptr", indptr, dtypes=check.POSITION_DTYPES, like=like)
     check.indptr("indptr", indptr, total=x.numel())
     byte_indptr = ops.packed_indptr(indptr)
-    return ops.segment_packbits(x, indptr, byte_indptr, int(byte_indptr[-1]), bitorder), byte_indptr
+    num_bytes = int(byte_indptr[-1])
+    begins, ends = ops.moved(indptr, x.device), ops.moved(byte_indptr, x.device)
+    return ops.segment_packbits(x, begins, ends, num_bytes, bitorder), byte_indptr
 
 
 def _numbers(x: torch.Tensor, dst_dtype: torch.dtype | None) -> torch.dtype:
@@ -115,11 +123,19 @@ def per_token_group_quant_8bit(
     else:
         scales = torch.empty((*lead, num_groups), dtype=torch.float32, device=x.device)
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
-    rows = scales if column_major_scales else scales.view(-1, num_groups)
-    groups = (-1, num_groups, group_size)
     if x.numel() > 0:
-        ops.quantize_groups(codes.view(groups), rows, x.reshape(groups), float(eps), scale_ue8m0)
+        _quantize_groups(codes, scales, x, group_size, float(eps), scale_ue8m0)
     return codes, scales
+
+
+@replayed
+def _quantize_groups(
+    codes: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, group_size: int, eps: float, power_of_two: bool
+) -> None:
+    num_groups = scales.shape[-1]
+    groups = (-1, num_groups, group_size)
+    rows = scales if scales.dim() == 2 else scales.view(-1, num_groups)
+    ops.quantize_groups(codes.view(groups), rows, x.reshape(groups), eps, power_of_two)
 
 
 def per_token_quant_8bit(x: torch.Tensor, eps: float = 1e-10, dst_dtype: torch.dtype | None = None) -> Pair:
@@ -140,14 +156,16 @@ def per_tensor_quant_8bit(
     """
     dtype = _numbers(x, dst_dtype)
     if scale is None:
-        limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-        magnitude = x.abs().nan_to_num(nan=0.0, posinf=torch.inf).float().flatten()
-        largest = magnitude.amax(dim=0, keepdim=True) if x.numel() else magnitude.new_zeros(1)
-        scale = largest.clamp(min=eps) / limit
-    check.tensor("scale", scale, dtypes=(torch.float32,), shape=(1,), like=("x", x))
+        scale = ops.tensor_scale(x, dtype, eps)
     codes = torch.empty(x.shape, dtype=dtype, device=x.device)
-    ops.quantize_by_scale(codes, x.contiguous(), scale)
+    _quantize_by_scale(codes, x, scale)
     return codes, scale
+
+
+@replayed
+def _quantize_by_scale(codes: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
+    check.tensor("scale", scale, dtypes=(torch.float32,), shape=(1,), like=("x", x))
+    ops.quantize_by_scale(codes, x.contiguous(), scale)
 
 
 def dequantize_8bit(x: torch.Tensor, scales: torch.Tensor, output_dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -260,6 +278,42 @@ def nvfp4_kv_dequantize(
     return _from_fp4(fp4_data, block_scales, global_scale, (16, False, SfLayout.layout_linear), output_dtype)
 
 
+def nvfp4_kv_dequantize_paged(
+    paged_kv_cache: PagedKVCache,
+    kv_cache_sf: PagedKVCache,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    output_k: torch.Tensor,
+    output_v: torch.Tensor,
+    kv_layout: str = "NHD",
+) -> None:
+    """Gather the pages of each request from an NVFP4 cache into output_k and output_v, as numbers.
+
+    paged_kv_cache: uint8, a tuple of `[pages, page_size, num_kv_heads, head_dim / 2]` (heads before tokens for "HND")
+    or one tensor `[pages, 2, ...]`. kv_cache_sf: e4m3 scales or their bytes in the same form, `head_dim / 16` wide.
+    block_tables: int32 or int64 `[batch, max_pages]`. seq_lens: int32 `[batch]`, at most max_seq_len. k_scale, v_scale:
+    fp32 of one element; a number is code times block scale times these. output_k, output_v: `[batch, max_seq_len,
+    num_kv_heads, head_dim]`, fp32, fp16 or bf16, innermost stride 1; what lies behind seq_lens stays as it is.
+    """
+    layout = checked_layout(kv_layout)
+    codes, scales = paged_views(paged_kv_cache, layout), paged_views(kv_cache_sf, layout)
+    for i, (name, out) in enumerate((("output_k", output_k), ("output_v", output_v))):
+        like = (name, out)
+        check.tensor(name, out, dtypes=check.FLOAT_DTYPES, shape=(None,) * 4, inner_contiguous=True)
+        batch_size, _, num_heads, head_dim = out.shape
+        check.multiple(f"last dimension of {name}", head_dim, "elements a scale", 16)
+        shape = (None, None, num_heads, head_dim // 2)
+        check.tensor("paged_kv_cache", codes[i], dtypes=(torch.uint8,), shape=shape, like=like, inner_contiguous=True)
+        dtypes, shape = (torch.uint8, torch.float8_e4m3fn), (*codes[i].shape[:3], head_dim // 16)
+        check.tensor("kv_cache_sf", scales[i], dtypes=dtypes, shape=shape, like=like, inner_contiguous=True)
+        check.tensor("block_tables", block_tables, dtypes=check.POSITION_DTYPES, shape=(batch_size, None), like=like)
+        lens = check.tensor("seq_lens", seq_lens, dtypes=check.INDEX_DTYPES, shape=(batch_size,), like=like)
+        factor = check.scalar(("k_scale", "v_scale")[i], (k_scale, v_scale)[i], like)
+        ops.dequantize_fp4_pages(out, codes[i], scales[i], factor, block_tables, lens.contiguous())
+
+
 def block_scale_interleave(unswizzled_sf: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
     """Block scales row after row, `[M, blocks]` or `[batch, M, blocks]`, brought into tiles of 128 x 4.
 
@@ -269,11 +323,7 @@ def block_scale_interleave(unswizzled_sf: torch.Tensor, *, out: torch.Tensor | N
     if unswizzled_sf.dim() not in (2, 3):
         got = f"{unswizzled_sf.dim()} dimensions"
         raise ValueError(check.problem("unswizzled_sf", got, "2 or 3", "Pass rows of scales, or a batch of them."))
-    batched = unswizzled_sf if unswizzled_sf.dim() == 3 else unswizzled_sf[None]
-    batch, num_rows, num_columns = batched.shape
-    padded = torch.nn.functional.pad(batched, (0, -num_columns % 4, 0, -num_rows % 128))
-    tiles = padded.view(batch, -1, 4, 32, padded.shape[2] // 4, 4)
-    result = tiles.permute(0, 1, 4, 3, 2, 5).reshape(-1)
+    result = ops.interleave_scales(unswizzled_sf if unswizzled_sf.dim() == 3 else unswizzled_sf[None])
     if out is None:
         return result
     dtypes = (unswizzled_sf.dtype,)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from flashinfer.core import check
+from flashinfer.core.replay import replayed
 from flashinfer.ops import rope as ops
 from flashinfer.rope_fp8 import (
     mla_rope_quantize_fp8,
@@ -37,7 +38,6 @@ __all__ = [
     "rope_quantize_fp8_append_paged_kv_cache",
 ]
 
-POSITION_DTYPES = (*check.INDEX_DTYPES, torch.int64)
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -59,72 +59,60 @@ def _style(head_dim: int, rotary_dim: int | None, interleave: bool) -> int:
     return rotary_dim + int(interleave)
 
 
-def _scaling(rope_scale: float, rope_theta: float) -> list[float]:
+def _scaling(rope_scale: float, rope_theta: float, *smoothing: float) -> list[float]:
+    """All of them, checked; smoothing: low_freq_factor, high_freq_factor and old_context_len of Llama 3.1."""
     for name, value in (("rope_scale", rope_scale), ("rope_theta", rope_theta)):
         if not value > 0:
             raise ValueError(check.problem(name, value, "a number above 0", f"Pass a positive {name}."))
-    return [float(rope_scale), float(rope_theta)]
-
-
-def _smoothing(low_freq_factor: float, high_freq_factor: float, old_context_len: float) -> list[float]:
-    if not 0 < low_freq_factor < high_freq_factor:
+    if smoothing and not 0 < smoothing[0] < smoothing[1]:
         raise ValueError(
             check.problem(
                 "low_freq_factor",
-                f"{low_freq_factor} with high_freq_factor {high_freq_factor}",
+                f"{smoothing[0]} with high_freq_factor {smoothing[1]}",
                 "0 < low_freq_factor < high_freq_factor",
                 "Take both from the model's rope_scaling.",
             )
         )
-    return [float(low_freq_factor), float(high_freq_factor), float(old_context_len)]
+    return [float(x) for x in (rope_scale, rope_theta, *smoothing)]
 
 
-def _is_plain(q: torch.Tensor, k: torch.Tensor, positions: torch.Tensor) -> bool:
-    """Whether all is as it mostly is, so that the checks can be skipped: they take longer than a launch."""
-    return (
-        isinstance(q, torch.Tensor)
-        and isinstance(k, torch.Tensor)
-        and isinstance(positions, torch.Tensor)
-        and q.dtype == k.dtype
-        and q.dtype in check.FLOAT_DTYPES
-        and positions.dtype in POSITION_DTYPES
-        and q.device == k.device == positions.device
-        and q.dim() == k.dim()
-        and (positions.shape[0],) == positions.shape
-        and q.shape[0] == k.shape[0] == positions.shape[0]
-        and q.stride(-1) == k.stride(-1) == positions.stride(-1) == 1
-    )
-
-
+@replayed
 def _by_request(
-    q: torch.Tensor, k: torch.Tensor, indptr: torch.Tensor, offsets: torch.Tensor, inplace: bool
-) -> tuple[Pair, Pair | tuple[None, None], Pair]:
-    """(what to write, what to read unless it is the same, (indptr, offsets)), checked."""
+    out: Pair,
+    x: Pair | None,
+    indptr: torch.Tensor,
+    offsets: torch.Tensor,
+    rotary: tuple[int | None, bool],
+    scaling: tuple[float, ...],
+) -> None:
+    """x rotated into out, or out in place. rotary: rotary_dim, interleave. scaling: see `_scaling`."""
+    q, k = out if x is None else x
     _check_heads(q, k)
-    check.tensor("indptr", indptr, dtypes=POSITION_DTYPES, like=("q", q))
+    check.tensor("indptr", indptr, dtypes=check.POSITION_DTYPES, like=("q", q))
     if indptr.dim() != 1 or indptr.shape[0] == 0:
         check.indptr("indptr", indptr)
     shape = (indptr.shape[0] - 1,)
-    check.tensor("offsets", offsets, dtypes=POSITION_DTYPES, shape=shape, like=("q", q), inner_contiguous=True)
-    return *_targets(q, k, inplace), (indptr, offsets)
+    check.tensor("offsets", offsets, dtypes=check.POSITION_DTYPES, shape=shape, like=("q", q), inner_contiguous=True)
+    ops.rope(*out, *(x or (None, None)), indptr, offsets, _scaling(*scaling), _style(q.shape[2], *rotary))
 
 
+@replayed
 def _by_position(
-    q: torch.Tensor, k: torch.Tensor, pos_ids: torch.Tensor, inplace: bool
-) -> tuple[Pair, Pair | tuple[None, None], tuple[torch.Tensor, None]]:
+    out: Pair, x: Pair | None, pos_ids: torch.Tensor, rotary: tuple[int | None, bool], scaling: tuple[float, ...]
+) -> None:
     """The same for given positions."""
-    if _is_plain(q, k, pos_ids) and q.dim() == 3 and q.shape[2] == k.shape[2]:
-        return *_targets(q, k, inplace), (pos_ids, None)
+    q, k = out if x is None else x
     _check_heads(q, k)
     shape = (q.shape[0],)
-    check.tensor("pos_ids", pos_ids, dtypes=POSITION_DTYPES, shape=shape, like=("q", q), inner_contiguous=True)
-    return *_targets(q, k, inplace), (pos_ids, None)
+    check.tensor("pos_ids", pos_ids, dtypes=check.POSITION_DTYPES, shape=shape, like=("q", q), inner_contiguous=True)
+    ops.rope(*out, *(x or (None, None)), pos_ids, None, _scaling(*scaling), _style(q.shape[2], *rotary))
 
 
-def _targets(q: torch.Tensor, k: torch.Tensor, inplace: bool) -> tuple[Pair, Pair | tuple[None, None]]:
-    if inplace:
-        return (q, k), (None, None)
-    return (_empty_like(q), _empty_like(k)), (q, k)
+def _empty_pair(q: torch.Tensor, k: torch.Tensor) -> Pair:
+    """New contiguous tensors for results."""
+    check.tensor("q", q)
+    check.tensor("k", k)
+    return _empty_like(q), _empty_like(k)
 
 
 def _empty_like(x: torch.Tensor) -> torch.Tensor:
@@ -146,8 +134,7 @@ def apply_rope_inplace(
     indptr: `[batch_size + 1]`, request i owns rows `indptr[i]` to `indptr[i + 1]`. offsets: `[batch_size]`.
     Rows past `indptr[-1]` (padding) are left as they are.
     """
-    out, x, where = _by_request(q, k, indptr, offsets, inplace=True)
-    ops.rope(*out, *x, *where, _scaling(rope_scale, rope_theta), _style(q.shape[2], rotary_dim, interleave))
+    _by_request((q, k), None, indptr, offsets, (rotary_dim, interleave), (rope_scale, rope_theta))
 
 
 def apply_rope(
@@ -161,8 +148,8 @@ def apply_rope(
     rope_theta: float = 1e4,
 ) -> Pair:
     """`apply_rope_inplace` into new contiguous tensors; returns (q, k) rotated."""
-    out, x, where = _by_request(q, k, indptr, offsets, inplace=False)
-    ops.rope(*out, *x, *where, _scaling(rope_scale, rope_theta), _style(q.shape[2], rotary_dim, interleave))
+    out = _empty_pair(q, k)
+    _by_request(out, (q, k), indptr, offsets, (rotary_dim, interleave), (rope_scale, rope_theta))
     return out
 
 
@@ -176,8 +163,7 @@ def apply_rope_pos_ids_inplace(
     rope_theta: float = 1e4,
 ) -> None:
     """Rotate q and k in place; row t stands at position `pos_ids[t]`. pos_ids: `[nnz]`."""
-    out, x, where = _by_position(q, k, pos_ids, inplace=True)
-    ops.rope(*out, *x, *where, _scaling(rope_scale, rope_theta), _style(q.shape[2], rotary_dim, interleave))
+    _by_position((q, k), None, pos_ids, (rotary_dim, interleave), (rope_scale, rope_theta))
 
 
 def apply_rope_pos_ids(
@@ -190,8 +176,8 @@ def apply_rope_pos_ids(
     rope_theta: float = 1e4,
 ) -> Pair:
     """`apply_rope_pos_ids_inplace` into new contiguous tensors; returns (q, k) rotated."""
-    out, x, where = _by_position(q, k, pos_ids, inplace=False)
-    ops.rope(*out, *x, *where, _scaling(rope_scale, rope_theta), _style(q.shape[2], rotary_dim, interleave))
+    out = _empty_pair(q, k)
+    _by_position(out, (q, k), pos_ids, (rotary_dim, interleave), (rope_scale, rope_theta))
     return out
 
 
@@ -213,9 +199,8 @@ def apply_llama31_rope_inplace(
     Wavelengths longer than old_context_len / low_freq_factor tokens are stretched by rope_scale, those shorter than
     old_context_len / high_freq_factor are kept, with a linear passage in frequency between.
     """
-    out, x, where = _by_request(q, k, indptr, offsets, inplace=True)
-    scaling = _scaling(rope_scale, rope_theta) + _smoothing(low_freq_factor, high_freq_factor, old_context_len)
-    ops.rope(*out, *x, *where, scaling, _style(q.shape[2], rotary_dim, interleave))
+    scaling = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    _by_request((q, k), None, indptr, offsets, (rotary_dim, interleave), scaling)
 
 
 def apply_llama31_rope(
@@ -232,9 +217,9 @@ def apply_llama31_rope(
     old_context_len: int = 8192,
 ) -> Pair:
     """`apply_llama31_rope_inplace` into new contiguous tensors; returns (q, k) rotated."""
-    out, x, where = _by_request(q, k, indptr, offsets, inplace=False)
-    scaling = _scaling(rope_scale, rope_theta) + _smoothing(low_freq_factor, high_freq_factor, old_context_len)
-    ops.rope(*out, *x, *where, scaling, _style(q.shape[2], rotary_dim, interleave))
+    scaling = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    out = _empty_pair(q, k)
+    _by_request(out, (q, k), indptr, offsets, (rotary_dim, interleave), scaling)
     return out
 
 
@@ -251,9 +236,8 @@ def apply_llama31_rope_pos_ids_inplace(
     old_context_len: int = 8192,
 ) -> None:
     """`apply_rope_pos_ids_inplace` with Llama 3.1's frequencies; see `apply_llama31_rope_inplace`."""
-    out, x, where = _by_position(q, k, pos_ids, inplace=True)
-    scaling = _scaling(rope_scale, rope_theta) + _smoothing(low_freq_factor, high_freq_factor, old_context_len)
-    ops.rope(*out, *x, *where, scaling, _style(q.shape[2], rotary_dim, interleave))
+    scaling = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    _by_position((q, k), None, pos_ids, (rotary_dim, interleave), scaling)
 
 
 def apply_llama31_rope_pos_ids(
@@ -269,29 +253,23 @@ def apply_llama31_rope_pos_ids(
     old_context_len: int = 8192,
 ) -> Pair:
     """`apply_llama31_rope_pos_ids_inplace` into new contiguous tensors; returns (q, k) rotated."""
-    out, x, where = _by_position(q, k, pos_ids, inplace=False)
-    scaling = _scaling(rope_scale, rope_theta) + _smoothing(low_freq_factor, high_freq_factor, old_context_len)
-    ops.rope(*out, *x, *where, scaling, _style(q.shape[2], rotary_dim, interleave))
+    scaling = (rope_scale, rope_theta, low_freq_factor, high_freq_factor, old_context_len)
+    out = _empty_pair(q, k)
+    _by_position(out, (q, k), pos_ids, (rotary_dim, interleave), scaling)
     return out
 
 
+@replayed
 def _cached(
-    positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor, head_size: int, cos_sin_cache: torch.Tensor
+    out: Pair | None,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    head_size: int,
+    interleave: bool,
 ) -> None:
-    """Check the arguments that both forms share."""
-    if (
-        _is_plain(query, key, positions)
-        and query.dim() == 2
-        and isinstance(head_size, int)
-        and head_size > 0 == query.shape[1] % head_size == key.shape[1] % head_size
-        and cos_sin_cache.dtype == torch.float32
-        and cos_sin_cache.dim() == 2
-        and cos_sin_cache.stride(1) == 1
-        and cos_sin_cache.device == query.device
-        and 0 < cos_sin_cache.shape[1] <= head_size
-        and cos_sin_cache.shape[1] % 2 == 0
-    ):
-        return
+    """query and key `[nnz, num_heads * head_size]` rotated into out, or in place."""
     check.positive("head_size", head_size)
     for name, x in (("query", query), ("key", key)):
         dtypes = check.FLOAT_DTYPES if x is query else (query.dtype,)
@@ -299,13 +277,15 @@ def _cached(
         check.tensor(name, x, dtypes=dtypes, shape=shape, like=("query", query), inner_contiguous=True)
         check.multiple(f"last dimension of {name}", x.shape[1], "head_size", head_size)
     _check_table(positions, cos_sin_cache, ("query", query), head_size)
+    heads = [_heads(x, head_size) for x in (*(out or ()), query, key)]
+    ops.rope_cached(*heads, *([] if out else [None, None]), positions, cos_sin_cache, interleave)
 
 
 def _check_table(
     positions: torch.Tensor, cos_sin_cache: torch.Tensor, like: tuple[str, torch.Tensor], head_dim: int
 ) -> None:
     shape = (like[1].shape[0],)
-    check.tensor("positions", positions, dtypes=POSITION_DTYPES, shape=shape, like=like, inner_contiguous=True)
+    check.tensor("positions", positions, dtypes=check.POSITION_DTYPES, shape=shape, like=like, inner_contiguous=True)
     check.tensor(
         "cos_sin_cache",
         cos_sin_cache,
@@ -335,8 +315,7 @@ def apply_rope_with_cos_sin_cache_inplace(
     stride. cos_sin_cache: fp32 `[max_position, rotary_dim]`, the cosines of a position and then its sines;
     rotary_dim <= head_size. is_neox: pairs are (d, d + rotary_dim/2), else (2d, 2d + 1).
     """
-    _cached(positions, query, key, head_size, cos_sin_cache)
-    ops.rope_cached(_heads(query, head_size), _heads(key, head_size), None, None, positions, cos_sin_cache, not is_neox)
+    _cached(None, query, key, positions, cos_sin_cache, head_size, not is_neox)
 
 
 def apply_rope_with_cos_sin_cache(
@@ -348,11 +327,30 @@ def apply_rope_with_cos_sin_cache(
     is_neox: bool = True,
 ) -> Pair:
     """`apply_rope_with_cos_sin_cache_inplace` into new contiguous tensors; returns (query, key) rotated."""
-    _cached(positions, query, key, head_size, cos_sin_cache)
+    check.tensor("query", query)
+    check.tensor("key", key)
     out = _empty_like(query), _empty_like(key)
-    heads = [_heads(x, head_size) for x in (*out, query, key)]
-    ops.rope_cached(*heads, positions, cos_sin_cache, not is_neox)
+    _cached(out, query, key, positions, cos_sin_cache, head_size, not is_neox)
     return out
+
+
+@replayed
+def _normed(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    q_weight: torch.Tensor,
+    k_weight: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin_cache: torch.Tensor,
+    eps: float,
+    interleave: bool,
+) -> None:
+    _check_heads(q, k)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        dtypes = check.FLOAT_DTYPES if weight is q_weight else (q_weight.dtype,)
+        check.tensor(name, weight, dtypes=dtypes, shape=(q.shape[2],), like=("q", q), inner_contiguous=True)
+    _check_table(positions, cos_sin_cache, ("q", q), q.shape[2])
+    ops.qk_rmsnorm_rope(q, k, q_weight, k_weight, positions, cos_sin_cache, float(eps), interleave)
 
 
 def qk_rmsnorm_rope_inplace(
@@ -370,9 +368,4 @@ def qk_rmsnorm_rope_inplace(
     q_weight, k_weight: contiguous `[head_dim]`, of one dtype. positions, cos_sin_cache, is_neox as in
     `apply_rope_with_cos_sin_cache_inplace`. Sums and products are fp32; nothing is rounded between norm and rotation.
     """
-    _check_heads(q, k)
-    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
-        dtypes = check.FLOAT_DTYPES if weight is q_weight else (q_weight.dtype,)
-        check.tensor(name, weight, dtypes=dtypes, shape=(q.shape[2],), like=("q", q), inner_contiguous=True)
-    _check_table(positions, cos_sin_cache, ("q", q), q.shape[2])
-    ops.qk_rmsnorm_rope(q, k, q_weight, k_weight, positions, cos_sin_cache, float(eps), not is_neox)
+    _normed(q, k, q_weight, k_weight, positions, cos_sin_cache, eps, not is_neox)

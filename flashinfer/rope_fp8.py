@@ -8,10 +8,8 @@ import torch
 
 from flashinfer.core import check
 from flashinfer.core.kv_cache import kv_layout as checked_layout
-from flashinfer.core.kv_cache import paged_views
+from flashinfer.core.kv_cache import page_table, paged_views
 from flashinfer.ops import rope as ops
-
-POSITION_DTYPES = (*check.INDEX_DTYPES, torch.int64)
 
 
 def _three_dims(x: torch.Tensor) -> torch.Tensor:
@@ -107,7 +105,7 @@ def rope_quantize_fp8(
 def _check_rope_table(pos_ids: torch.Tensor, cos_sin_cache: torch.Tensor, q_rope: torch.Tensor) -> None:
     like = ("q_rope", q_rope)
     nnz, _, rope_dim = q_rope.shape
-    check.tensor("pos_ids", pos_ids, dtypes=POSITION_DTYPES, shape=(nnz,), like=like, inner_contiguous=True)
+    check.tensor("pos_ids", pos_ids, dtypes=check.POSITION_DTYPES, shape=(nnz,), like=like, inner_contiguous=True)
     shape = (None, rope_dim)
     check.tensor("cos_sin_cache", cos_sin_cache, dtypes=(torch.float32,), shape=shape, like=like, inner_contiguous=True)
     check.multiple("last dimension of q_rope", rope_dim, "a pair's size", 2)
@@ -172,10 +170,7 @@ def rope_quantize_fp8_append_paged_kv_cache(
     dtype = _quantize_dtype(quantize_dtype, (q_rope_out, q_nope_out))
     q_outs = _outs(("q_rope_out", "q_nope_out"), sources[::2], (q_rope_out, q_nope_out), dtype)
     like = ("q_rope", q_rope)
-    table = {"batch_indices": batch_indices, "positions": positions, "kv_indices": kv_indices, "kv_indptr": kv_indptr}
-    for name, x in table.items():
-        shape = (None if name.startswith("kv") else q_rope.shape[0],)
-        check.tensor(name, x, dtypes=check.INDEX_DTYPES, shape=shape, like=like, inner_contiguous=True)
+    table = page_table((batch_indices, positions, kv_indices, kv_indptr), like)
     rope_cache, nope_cache, v_cache = _cache_parts(paged_kv_cache, kv_layout, sources, v)
     moved = [_three_dims(x) for x in sources]
     targets = [q_outs[0], rope_cache, q_outs[1], nope_cache]
@@ -187,7 +182,7 @@ def rope_quantize_fp8_append_paged_kv_cache(
             name, shape = "V cache" if i == 4 else "K cache", (None, page_size, *moved[i].shape[1:])
             check.tensor(name, targets[i], dtypes=(dtype,), shape=shape, like=like, inner_contiguous=True)
     scales = [float(quant_scale_q), float(quant_scale_kv)]
-    ops.rope_quantize_append(targets, moved, pos_ids, cos_sin_cache, list(table.values()), scales, not is_neox)
+    ops.rope_quantize_append(targets, moved, pos_ids, cos_sin_cache, table, scales, not is_neox)
     return q_outs[0], q_outs[1]
 
 

@@ -1,4 +1,4 @@
-"""Calls decode, prefill, append, merge, norms and activations, small, on the GPU: what compute-sanitizer watches.
+"""Calls every kernel, small, on the GPU: what compute-sanitizer watches.
 
 Each result is compared with torch in fp64, so that a clean report cannot come from kernels that did nothing.
 Lengths are odd on purpose: last pages part full, tiles cut off, one request without KV. `python3 -m
@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import flashinfer
+from flashinfer.concat_ops import concat_mla_k
 from flashinfer.core.arch import arch_of
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
@@ -147,6 +148,8 @@ def norms() -> None:
         x = wide[:, :width]
         want = torch.nn.functional.rms_norm(x.double(), (width,), weight.double(), 1e-6)
         compare(f"rmsnorm {rows} x {width}", flashinfer.rmsnorm(x, weight), want)
+        activated = torch.nn.functional.silu(want)
+        compare(f"fused_rmsnorm_silu {rows} x {width}", flashinfer.fused_rmsnorm_silu(x, weight), activated)
         total = x.double() + residual.double()
         flashinfer.fused_add_rmsnorm(x, residual, weight)
         compare(f"fused_add_rmsnorm {rows} x {width}", residual, total)
@@ -160,6 +163,95 @@ def activations() -> None:
         compare(f"silu_and_mul {rows} x {width}", flashinfer.silu_and_mul(x), torch.nn.functional.silu(a) * gate)
 
 
+def rotated(x: torch.Tensor, positions: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """NeoX pairs of the first components of heads, in fp64; table: cosines, then sines."""
+    cos, sin = (part[:, None] for part in table.double()[positions].chunk(2, -1))
+    a, b, rest = x.double().split((cos.shape[2], cos.shape[2], x.shape[2] - 2 * cos.shape[2]), -1)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], -1)
+
+
+def rope() -> None:
+    """Odd numbers of heads and tokens, views, part of a head; twice, since the second call takes a shorter way."""
+    angle = torch.arange(50, device=DEVICE).double()[:, None] * 1e4 ** (-torch.arange(0, 1, 1 / 20, device=DEVICE))
+    table = torch.cat([angle.cos(), angle.sin()], -1).float()
+    for nnz in (3, 3, 41, 41):
+        wide, positions = normal(nnz, 8, 72), torch.randint(50, (nnz,), device=DEVICE)
+        q, k = wide[:, :5], wide[:, 5:]
+        want = torch.cat([rotated(x, positions, table) for x in (q, k)], 1)
+        q_out, k_out = flashinfer.apply_rope_pos_ids(q, k, positions, rotary_dim=40)
+        compare(f"apply_rope_pos_ids {nnz}", torch.cat([q_out, k_out], 1), want)
+        flat = [x.clone().flatten(1) for x in (q, k)]
+        flashinfer.apply_rope_with_cos_sin_cache_inplace(positions, *flat, 72, table)
+        compare(f"apply_rope_with_cos_sin_cache {nnz}", torch.cat(flat, 1), want.flatten(1))
+        flashinfer.apply_rope_pos_ids_inplace(q, k, positions, rotary_dim=40)
+        compare(f"apply_rope_pos_ids_inplace {nnz}", wide, want)
+
+
+def pages() -> None:
+    """Slots in random order, two of them skipped; caches of latent attention; fp8."""
+    nnz, slots = 23, torch.randperm(32, device=DEVICE)[:23].clone()
+    key, value = normal(nnz, 3, 72), normal(nnz, 3, 72)
+    slots[[4, 22]] = -1
+    kept = slots >= 0
+    for _ in range(2):
+        cache = torch.zeros(2, 8, PAGE_SIZE, 3, 72, device=DEVICE, dtype=torch.uint8).view(torch.float8_e4m3fn)
+        flashinfer.page.append_paged_kv_cache_with_slot_mapping(key, value, slots, (cache[0], cache[1]))
+        for x, stored in ((key, cache[0]), (value, cache[1])):
+            found = stored.float().flatten(0, 1)[slots[kept]]
+            compare("append to slots", found, x[kept].to(torch.float8_e4m3fn).double())
+    lens = torch.tensor([9, 14], device=DEVICE).int()
+    batch_indices, positions = flashinfer.get_batch_indices_positions(indptr((9, 14)), lens, nnz)
+    ckv, kpe = torch.zeros(8, PAGE_SIZE, 96, device=DEVICE).half(), torch.zeros(8, PAGE_SIZE, 24, device=DEVICE).half()
+    new, rope_part, table = normal(nnz, 96), normal(nnz, 24), torch.randperm(7, device=DEVICE).int()
+    last = torch.tensor([1, 2], device=DEVICE).int()
+    where = (batch_indices, positions, ckv, kpe, table, indptr((3, 4)), last)
+    flashinfer.append_paged_mla_kv_cache(new, rope_part, *where)
+    place = (
+        table.long()[indptr((3, 4)).long()[batch_indices.long()] + positions // PAGE_SIZE],
+        positions.long() % PAGE_SIZE,
+    )
+    compare("append_paged_mla_kv_cache", ckv[place], new.double())
+    compare("append_paged_mla_kv_cache, rotated part", kpe[place], rope_part.double())
+    compare("get_seq_lens", flashinfer.get_seq_lens(indptr((3, 4)), last, PAGE_SIZE), lens.double())
+
+
+def codes() -> None:
+    """Groups and rows that are not whole blocks; masks that end inside of a byte."""
+    x = normal(7, 5 * 96)[:, :480]
+    for dtype in (torch.float8_e4m3fn, torch.int8):
+        for _ in range(2):
+            quantized, scales = flashinfer.quantization.per_token_group_quant_8bit(x, 96, dst_dtype=dtype)
+        found = flashinfer.quantization.dequantize_8bit(quantized, scales, torch.float32)
+        want = x.float().view(7, 5, 96) / scales[..., None]
+        want = want.round() if dtype == torch.int8 else want.to(dtype).float()
+        compare(f"per_token_group_quant_8bit {dtype}", found, (want * scales[..., None]).double().flatten(1))
+    mask, offsets = torch.rand(1003, device=DEVICE) < 0.5, torch.tensor([0, 3, 3, 700, 1003], device=DEVICE)
+    packed = flashinfer.packbits(mask, "little")
+    bits = packed[:, None] >> torch.arange(8, device=DEVICE, dtype=torch.uint8) & 1
+    compare("packbits", bits.flatten()[:1003], mask.double())
+    segments, byte_offsets = flashinfer.segment_packbits(mask, offsets, "little")
+    part = segments[int(byte_offsets[2]) : int(byte_offsets[3])]
+    compare("segment_packbits", part, flashinfer.packbits(mask[3:700], "little").double())
+    pages = torch.randint(256, (6, PAGE_SIZE, 3, 48), device=DEVICE, dtype=torch.uint8)
+    scales = torch.randint(1, 120, (6, PAGE_SIZE, 3, 6), device=DEVICE, dtype=torch.uint8)
+    table, lens = torch.tensor([[5, 0], [3, 2]], device=DEVICE), torch.tensor([7, 2], device=DEVICE).int()
+    one, out = torch.ones(1, device=DEVICE), torch.zeros(2, 2, 7, 3, 96, device=DEVICE)
+    new, slots = normal(9, 3, 96), torch.randperm(24, device=DEVICE)[:9]
+    slots[2] = -1
+    append = flashinfer.nvfp4_quantize_append_paged_kv_cache_with_slot_mapping
+    append(new, new, slots, (pages, pages.clone()), (scales, scales.clone()), 0.01, 0.01)
+    if pages.flatten(0, 1)[slots[3]].float().std() == 0:
+        sys.exit("append of fp4: nothing was written")
+    rows = flashinfer.nvfp4_kv_dequantize(pages.view(-1, 48), scales.view(-1, 6), one, torch.float32).view(24, 3, 96)
+    flashinfer.nvfp4_kv_dequantize_paged((pages, pages), (scales, scales), table, lens, one, one, *out)
+    order = torch.cat([torch.arange(20, 24), torch.arange(3)]).to(DEVICE)
+    compare("nvfp4_kv_dequantize_paged", out[0, 0], rows[order].double())
+    k_nope, k_rope, k = normal(5, 3, 40), normal(5, 1, 24), torch.empty(5, 3, 64, device=DEVICE).half()
+    concat_mla_k(k, k_nope, k_rope)
+    compare("concat_mla_k", k, torch.cat([k_nope, k_rope.expand(-1, 3, -1)], -1).double())
+
+
 if __name__ == "__main__":
-    for case in (decode, prefill_paged, prefill_ragged, prefill_hopper, merge, norms, activations):
+    cases = (decode, prefill_paged, prefill_ragged, prefill_hopper, merge, norms, activations, rope, pages, codes)
+    for case in cases:
         case()  # comparing reads the result, so it waits for the device

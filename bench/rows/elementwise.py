@@ -236,6 +236,55 @@ def append_paged_kv_cache(heads: tuple[int, int]) -> Elementwise:
     )
 
 
+def fused_rmsnorm_silu(hidden_size: int) -> Elementwise:
+    return Elementwise(
+        f"fused_rmsnorm_silu_{hidden_size}",
+        partial(_norm_tensors, hidden_size),
+        lambda t: flashinfer.fused_rmsnorm_silu(t["input"], t["weight"], EPS, out=t["out"]),
+        lambda t: silu(_rms_reference(t["input"], t["weight"])),
+        moved=("input", "weight", "out"),
+        terms=hidden_size,
+    )
+
+
+def _fp4_tensors(heads: tuple[int, int], tokens: int, normal: Callable[..., torch.Tensor]) -> Tensors:
+    """heads: (num_kv_heads, head_dim). One request, whose pages lie in order; v is the same as k."""
+    num_heads, head_dim = heads
+    pages, out = -(-tokens // PAGE_SIZE), normal(tokens, *heads)
+    random = partial(torch.randint, dtype=torch.uint8, device=out.device)
+    codes = random(256, (pages * PAGE_SIZE, num_heads, head_dim // 2))
+    scales = random(1, 100, (pages * PAGE_SIZE, num_heads, head_dim // 16))
+    count = partial(torch.arange, device=out.device, dtype=torch.int32)
+    where = {"block_tables": count(pages)[None], "seq_lens": count(1) + tokens}
+    rows = {"codes": codes[:tokens], "scales": scales[:tokens], "out": out, "out_v": normal(tokens, *heads)}
+    return {"all_codes": codes, "all_scales": scales, **rows, **where, "one": torch.ones(1, device=out.device)}
+
+
+def _dequantize_fp4(t: Tensors) -> None:
+    codes, scales = (t[name].unflatten(0, (-1, PAGE_SIZE)) for name in ("all_codes", "all_scales"))
+    outs = (t["out"][None], t["out_v"][None])
+    where = (t["block_tables"], t["seq_lens"], t["one"], t["one"])
+    flashinfer.nvfp4_kv_dequantize_paged((codes, codes), (scales, scales), *where, *outs)
+
+
+def _fp4_reference(t: Tensors) -> torch.Tensor:
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=t["out"].dtype, device=t["out"].device)
+    codes = t["codes"].int()
+    numbers = torch.cat([values, -values])[torch.stack([codes & 15, codes >> 4], dim=-1).flatten(-2)]
+    factors = t["scales"].to(torch.uint8).view(torch.float8_e4m3fn).to(numbers.dtype)
+    return numbers * factors.repeat_interleave(16, dim=-1)
+
+
+def nvfp4_kv_dequantize_paged(heads: tuple[int, int]) -> Elementwise:
+    return Elementwise(
+        f"nvfp4_kv_dequantize_paged_{'-'.join(map(str, heads))}",
+        partial(_fp4_tensors, heads),
+        _dequantize_fp4,
+        _fp4_reference,
+        moved=("codes", "scales", "out", "codes", "scales", "out_v"),
+    )
+
+
 def row(op: Elementwise, tokens: int, device: str = "cuda") -> Row:
     """bf16 on a GPU, fp32 on the CPU."""
     shape = ElementwiseShape(op, tokens, torch.bfloat16 if device == "cuda" else torch.float32)
@@ -251,6 +300,8 @@ _OPS = (
     silu_and_mul(14336),
     rope_pos_ids_inplace((32, 8, 128)),
     append_paged_kv_cache((8, 128)),
+    fused_rmsnorm_silu(4096),
+    nvfp4_kv_dequantize_paged((8, 128)),
 )
 
 ROWS: tuple[Row, ...] = tuple(row(op, tokens) for op in _OPS for tokens in TOKENS)

@@ -11,6 +11,7 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 FP8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 INDEX_DTYPES = (torch.int32,)
+POSITION_DTYPES = (torch.int32, torch.int64)
 
 
 def problem(name: str, got: object, expected: str, fix: str) -> str:

@@ -65,3 +65,17 @@ def token_views(k: torch.Tensor, v: torch.Tensor, layout: str) -> tuple[torch.Te
         check.tensor(name, x, shape=(None, None, None))
         views.append((x if layout == "NHD" else x.transpose(0, 1)).unsqueeze(1))
     return views[0], views[1]
+
+
+def page_table(table: Sequence[torch.Tensor], like: tuple[str, torch.Tensor]) -> list[torch.Tensor]:
+    """Check batch_indices and positions, one a row of `like`, and kv_indices and kv_indptr: int32, contiguous.
+
+    Returns the four. Raises TypeError, ValueError.
+    """
+    for name, x in zip(("batch_indices", "positions", "kv_indices", "kv_indptr"), table, strict=True):
+        shape = (None if name.startswith("kv") else like[1].shape[0],)
+        check.tensor(name, x, dtypes=check.INDEX_DTYPES, shape=shape, like=like)
+        if not x.is_contiguous():
+            got, fix = f"stride {x.stride(0)}", f"Call {name}.contiguous()."
+            raise ValueError(check.problem(name, got, "a contiguous tensor", fix))
+    return list(table)

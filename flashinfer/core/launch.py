@@ -6,13 +6,15 @@ the H200 machine, 2026-11-21). Here the caller names everything that the compile
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from typing import Any
 
 import torch
 import triton
 from triton import knobs
+
+from flashinfer.core import replay
 
 # Versions whose CompiledKernel.run has the argument order used below; others take the public route of a compiled
 # kernel.
@@ -44,12 +46,67 @@ class Prebound:
                 return self(grid, key, args, device, **options)
         compiled = self._compiled.get((key, index))
         if compiled is None:
-            self._compiled[key, index] = self.kernel[grid](*args, **options)
-        elif self._direct and not (knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls):
+            compiled = self._compiled[key, index] = self.kernel[grid](*args, **options)
+        elif self._direct and not hooked():
             stream = triton.runtime.driver.active.get_current_stream(index)
             compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *args)
         else:
             compiled[grid](*args)
+        if replay.recording.tensors is not None:
+            replay.recording.launches.append(again(compiled, grid, args, index, self._direct))
+
+
+def hooked() -> bool:
+    """Whether something wants to know of launches, a profiler for instance."""
+    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+
+
+def again(
+    compiled: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], index: int, direct: bool
+) -> replay.Again | None:
+    """The same launch for other addresses of the tensors of the call that is recorded, None if it cannot be repeated.
+
+    Addresses go to the driver as integers, which spares asking it about each pointer.
+    """
+    assert replay.recording.tensors is not None
+    try:
+        template = replay.Template(replay.recording.tensors, arguments)
+    except LookupError:
+        return None
+    fill, shared = template.fill, template.shared
+    several = torch.cuda.device_count() > 1
+    public = compiled[grid]
+    launch = _direct_launch(compiled, grid, index) if direct else public
+
+    def launch_again(addresses: list[int]) -> bool:
+        if several and torch.cuda.current_device() != index:
+            return False
+        for i, j in shared:
+            if addresses[i] != addresses[j]:
+                return False
+        (public if hooked() else launch)(*fill(addresses))
+        return True
+
+    return launch_again
+
+
+def _direct_launch(compiled: Any, grid: tuple[int, int, int], index: int) -> Callable[..., None]:
+    """A function of the kernel's arguments, for the versions that `Prebound` knows.
+
+    The launcher's own `__call__` only allocates scratch before it calls `launch`; without scratch that is left out.
+    """
+    run = compiled.run
+    stream_of = triton.runtime.driver.active.get_current_stream
+    tail: tuple[Any, ...] = (compiled.packed_metadata, None, None, None)
+    function, (x, y, z) = run, grid
+    if not (run.global_scratch_size or run.profile_scratch_size):
+        function, tail = run.launch, (run.launch_cooperative_grid, run.launch_pdl, None, None, *tail)
+    tail = (compiled.function, *tail)
+
+    def launch(*arguments: Any) -> None:
+        function(x, y, z, stream_of(index), *tail, *arguments)
+
+    return launch
 
 
 @lru_cache(maxsize=4096)

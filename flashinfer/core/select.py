@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -10,7 +10,9 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-from flashinfer.core.arch import Arch
+import torch
+
+from flashinfer.core.arch import Arch, arch_of
 from flashinfer.core.config import config
 
 
@@ -79,3 +81,35 @@ def select(impls: Sequence[Impl], spec: object, arch: Arch, request: str = "auto
     raise BackendSupportedError(
         f"no implementation runs this on {arch.name} (backend={request!r}): {'; '.join(reasons)}"
     )
+
+
+class Choice:
+    """What was chosen of an op's implementations, kept, because choosing takes longer than launching.
+
+    auto: what a request for "auto" means; tests put an implementation's name here.
+    """
+
+    def __init__(self, impls: Sequence[Impl]) -> None:
+        self.impls = impls
+        self.auto = "auto"
+        self._modules: dict[Hashable, ModuleType] = {}
+        self._calls: dict[Hashable, Callable[..., None]] = {}
+
+    def module(self, spec: Hashable, device: torch.device, backend: str = "auto") -> ModuleType:
+        """The module of the implementation that runs `spec`."""
+        request = self.auto if backend == "auto" else backend
+        key = (spec, device, request)
+        found = self._modules.get(key)
+        if found is None:
+            found = self._modules[key] = select(self.impls, spec, arch_of(device), request).load()
+        return found
+
+    def call(self, spec: Hashable, device: torch.device, backend: str = "auto") -> Callable[..., None]:
+        """That module's `bind(spec, arch)`: a function of the tensors of a run."""
+        request = self.auto if backend == "auto" else backend
+        key = (spec, device, request)
+        found = self._calls.get(key)
+        if found is None:
+            module = self.module(spec, device, request)
+            found = self._calls[key] = module.bind(spec, arch_of(device))
+        return found

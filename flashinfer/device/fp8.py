@@ -1,4 +1,4 @@
-"""Conversion of fp32 to the bytes of fp8 and int8: nearest even, saturating."""
+"""Conversion of fp32 to the codes of fp8, fp4 and int8: nearest even, saturating."""
 
 from __future__ import annotations
 
@@ -28,6 +28,21 @@ def encode_fp8(x, MANTISSA_BITS: tl.constexpr):
     SMALLEST_NORMAL: tl.constexpr = 2.0 ** (1 - BIAS)
     code = tl.where(magnitude < SMALLEST_NORMAL, subnormal, normal)
     return (tl.where(x == x, code, 0x7F) | sign).to(tl.uint8)
+
+
+@triton.jit
+def encode_e2m1(x):
+    """fp32 to the 4-bit codes of e2m1 (`decode_e2m1`), int32: nearest even, saturating at 6; NaN gives 6."""
+    bits = x.to(tl.int32, bitcast=True)
+    sign = (bits >> 28) & 8
+    magnitude = tl.minimum(tl.abs(x), 6.0)
+    bits = magnitude.to(tl.int32, bitcast=True)
+    normal = ((bits + ((1 << 21) - 1) + ((bits >> 22) & 1)) >> 22) - (126 << 1)
+    # Below 1 the codes are steps of 0.5, which is the last place of numbers from 2^22 on: the fp32 adder rounds.
+    anchor = tl.full(x.shape, 4194304.0, tl.float32)
+    small = (magnitude + anchor).to(tl.int32, bitcast=True) - anchor.to(tl.int32, bitcast=True)
+    code = tl.where(magnitude < 1.0, small, normal)
+    return tl.where(x == x, code | sign, 7)
 
 
 @triton.jit

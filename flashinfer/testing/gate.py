@@ -13,9 +13,23 @@ from typing import Any, NamedTuple
 
 import torch
 
+from flashinfer.core.arch import Arch
+
 NVIDIA_ARCHS = ("sm80", "sm89", "sm90", "sm100", "sm120")
 AMD_ARCHS = ("gfx942", "gfx950")
 ALL_ARCHS = NVIDIA_ARCHS + AMD_ARCHS
+# What converts to fp8 by itself, and what does not (`Arch.converts_to_fp8`).
+FP8_ARCHS = tuple(arch for arch in ALL_ARCHS if Arch(arch, 0, 0).converts_to_fp8)
+OTHER_ARCHS = tuple(arch for arch in ALL_ARCHS if arch not in FP8_ARCHS)
+# How Triton spells the dtypes of kernels; fp8 is bytes to most of them.
+SPELLED = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int8: "i8",
+    torch.float8_e4m3fn: "u8",
+    torch.float8_e5m2: "u8",
+}
 
 Path = tuple[int, ...]
 Signature = Mapping[str, str | tuple[Any, ...]]

@@ -3,18 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from types import ModuleType
+from importlib import import_module
 
 import pytest
 import torch
 
+from flashinfer.core import replay
+from flashinfer.core.select import BackendSupportedError
+
+IMPLEMENTATIONS = ("torch", "triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def force_backend(monkeypatch: pytest.MonkeyPatch, ops: ModuleType, entry: str, backend: str) -> None:
-    """Have the registered ops of `ops`, which all run through its function `entry`, use one implementation."""
-    monkeypatch.setattr(ops, entry, partial(getattr(ops, entry), backend=backend))
+def force(monkeypatch: pytest.MonkeyPatch, op: str, backend: str, skip: bool = True) -> str:
+    """Make "auto" of `flashinfer.ops.<op>` mean `backend`; what that refuses is skipped with its reason, or raises.
+
+    Triton runs through its interpreter where there is no GPU (tests/conftest.py sets it up).
+    """
+    if backend == "triton":
+        pytest.importorskip("triton")
+    choice = import_module(f"flashinfer.ops.{op}").CHOICE
+    monkeypatch.setattr(choice, "auto", backend)
+    replay.forget()
+    for name in ("module", "call") if skip else ():
+        monkeypatch.setattr(choice, name, _skipping(getattr(choice, name)))
+    return backend
+
+
+def _skipping(chosen: Callable[..., object]) -> Callable[..., object]:
+    def choose(*arguments: object) -> object:
+        try:
+            return chosen(*arguments)
+        except BackendSupportedError as refusal:
+            pytest.skip(str(refusal))
+
+    return choose
 
 
 def skip_unless_runs(backend: str, *dtypes: torch.dtype) -> None:

@@ -10,9 +10,8 @@ import torch
 from torch.nn import functional
 
 from flashinfer.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul, silu_and_mul_quant
-from flashinfer.ops import activation as ops
 from flashinfer.testing import assert_close_to_oracle, poisoned
-from tests.ops.common import captured, far_rows, force_backend, skip_unless_runs
+from tests.ops.common import captured, far_rows, force, skip_unless_runs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 SHAPES = ((4, 8), (0, 16), (3, 72), (2, 5, 3072), (24,), (1, 0), (2, 3, 2, 40))
@@ -21,7 +20,7 @@ SHAPES = ((4, 8), (0, 16), (3, 72), (2, 5, 3072), (24,), (1, 0), (2, 3, 2, 40))
 @pytest.fixture(params=["torch", "triton"], autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs on each implementation, through the public functions."""
-    force_backend(monkeypatch, ops, "gate", request.param)
+    force(monkeypatch, "activation", request.param, skip=False)
     return str(request.param)
 
 
@@ -164,7 +163,7 @@ def test_compiles_without_a_graph_break(
     dynamo_backend: str, device: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # the compiler cannot look into the poisoned torch.empty
-    force_backend(monkeypatch, ops, "gate", backend)
+    force(monkeypatch, "activation", backend, skip=False)
     torch.compiler.reset()
     compiled = torch.compile(mlp, fullgraph=True, backend=dynamo_backend, dynamic=True)
     scale = torch.tensor([0.02], device=device)

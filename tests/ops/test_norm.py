@@ -10,6 +10,7 @@ from flashinfer.core.select import BackendSupportedError
 from flashinfer.norm import (
     fused_add_rmsnorm,
     fused_add_rmsnorm_quant,
+    fused_rmsnorm_silu,
     gemma_fused_add_rmsnorm,
     gemma_rmsnorm,
     layernorm,
@@ -17,9 +18,8 @@ from flashinfer.norm import (
     rmsnorm,
     rmsnorm_quant,
 )
-from flashinfer.ops import norm as ops
 from flashinfer.testing import assert_close_to_oracle, poisoned
-from tests.ops.common import captured, far_rows, force_backend, skip_unless_runs
+from tests.ops.common import captured, far_rows, force, skip_unless_runs
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -32,7 +32,7 @@ FUSED = {"rmsnorm": (fused_add_rmsnorm, 0.0), "gemma": (gemma_fused_add_rmsnorm,
 @pytest.fixture(params=["torch", "triton"], autouse=True)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every test runs on each implementation, through the public functions."""
-    force_backend(monkeypatch, ops, "normalise", request.param)
+    force(monkeypatch, "norm", request.param, skip=False)
     return str(request.param)
 
 
@@ -224,6 +224,31 @@ def test_quantised_rows_saturate_and_keep_nan(out_dtype: torch.dtype, device: st
     assert (out[2].float() == limit * x[2]).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(3, 72), (0, 64), (33, 577), (2, 3, 128)])
+def test_rmsnorm_silu(dtype: torch.dtype, shape: tuple[int, ...], device: str, backend: str) -> None:
+    skip_unless_runs(backend, dtype)
+    x = (torch.randn(shape, device=device) * 3).to(dtype)
+    weight = torch.randn(shape[-1], device=device).to(dtype)
+    oracle, twin = functional.silu(rms_oracle(x, weight, 0.0)), functional.silu(rms_twin(x, weight, 0.0))
+    assert_close_to_oracle(fused_rmsnorm_silu(x, weight, EPS), oracle, twin)
+    out = poisoned(shape, dtype, device)
+    assert fused_rmsnorm_silu(x, weight, EPS, out=out) is out
+    assert_close_to_oracle(out, oracle, twin, "out=")
+
+
+@pytest.mark.parametrize("out_dtype", FP8)
+def test_rmsnorm_silu_to_fp8(out_dtype: torch.dtype, device: str) -> None:
+    """The fp32 result, rounded once: the neighbours of a code are further off than twice its own error."""
+    x, weight = torch.randn(17, 96, device=device) * 40, torch.randn(96, device=device) * 300
+    got = fused_rmsnorm_silu(x, weight, EPS, out=torch.empty(17, 96, dtype=out_dtype, device=device))
+    limit = torch.finfo(out_dtype).max
+    exact = functional.silu(rms_oracle(x, weight, 0.0)).clamp(-limit, limit)
+    assert_close_to_oracle(got.float(), exact, exact.float().to(out_dtype).float())
+    with pytest.raises(ValueError, match=r"out: got dtype torch\.float16"):
+        fused_rmsnorm_silu(x, weight, EPS, out=torch.empty(17, 96, dtype=torch.float16, device=device))
+
+
 # ---- selection, graphs, the compiler
 
 
@@ -251,7 +276,7 @@ def test_compiles_without_a_graph_break(
     dynamo_backend: str, device: str, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()  # the compiler cannot look into the poisoned torch.empty
-    force_backend(monkeypatch, ops, "normalise", backend)
+    force(monkeypatch, "norm", backend, skip=False)
     torch.compiler.reset()
     compiled = torch.compile(block, fullgraph=True, backend=dynamo_backend, dynamic=True)
     weight, scale = torch.randn(64, device=device), torch.tensor([0.02], device=device)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from flashinfer import page
-from tests.ops.backends import IMPLEMENTATIONS, force
+from tests.ops.common import IMPLEMENTATIONS, force
 from tests.ops.fp8_codes import FP8, nearest, same
 
 CODES = (*FP8, torch.int8)

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from flashinfer.quantization import packbits, segment_packbits
-from tests.ops.backends import IMPLEMENTATIONS, force
+from flashinfer.quantization import packbits, per_tensor_quant_8bit, per_token_group_quant_8bit, segment_packbits
+from tests.ops.common import IMPLEMENTATIONS, force
 
 BITORDERS = ("big", "little")
 
@@ -59,6 +59,28 @@ def test_strided_input(device: str) -> None:
     x = (torch.rand(40, 3, device=device) < 0.5)[:, 1]
     assert torch.equal(packbits(x).cpu(), expected(x, "big"))
     assert torch.equal(segment_packbits(x, torch.tensor([0, 40], device=device))[0].cpu(), expected(x, "big"))
+
+
+def test_offsets_on_the_host(device: str) -> None:
+    """Then nothing waits for the device."""
+    x, indptr = torch.rand(20, device=device) < 0.5, torch.tensor([0, 3, 3, 20])
+    wanted = segment_packbits(x, indptr.to(device))
+    if device == "cuda":
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        packed, byte_indptr = segment_packbits(x, indptr)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert byte_indptr.is_cpu and byte_indptr.tolist() == [0, 1, 1, 4]
+    assert torch.equal(packed, wanted[0])
+
+
+def test_no_gradients(device: str) -> None:
+    """Results do not remember what they were made of, whatever the caller has switched on."""
+    x = torch.randn(4, 32, device=device, requires_grad=True)
+    results = [*per_tensor_quant_8bit(x), *per_token_group_quant_8bit(x, 16)]
+    assert not any(y.requires_grad for y in results)
 
 
 def test_errors(device: str) -> None:

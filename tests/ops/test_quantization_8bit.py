@@ -10,7 +10,7 @@ import torch
 from flashinfer import quantization
 from flashinfer.concat_ops import concat_mla_k
 from flashinfer.quantization import SfLayout
-from tests.ops.backends import IMPLEMENTATIONS, force
+from tests.ops.common import IMPLEMENTATIONS, force
 from tests.ops.fp8_codes import FP8, nearest, same
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -10,7 +10,7 @@ import torch
 
 from flashinfer import rope
 from flashinfer.testing import assert_close_to_oracle
-from tests.ops.backends import IMPLEMENTATIONS, force
+from tests.ops.common import IMPLEMENTATIONS, force
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Heads = torch.Tensor

@@ -10,7 +10,7 @@ import torch
 
 from flashinfer import rope
 from flashinfer.testing import assert_close_to_oracle
-from tests.ops.backends import IMPLEMENTATIONS, force
+from tests.ops.common import IMPLEMENTATIONS, force
 from tests.ops.fp8_codes import FP8, assert_rounded, same
 
 # Rotation in fp32 and a factor: two products and a sum of components of a few units each, and one product more.

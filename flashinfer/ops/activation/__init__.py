@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-
 import torch
 
 from flashinfer.core import library
-from flashinfer.core.arch import arch_of
-from flashinfer.core.select import Impl, select
+from flashinfer.core.select import Choice, Impl
 from flashinfer.ops.activation.spec import Gated, GatedSpec
 from flashinfer.ops.activation.support import torch_supports, triton_supports
 
@@ -19,15 +15,7 @@ IMPLS = (
 )
 
 
-@lru_cache(maxsize=4096)
-def _bound(
-    name: str, width: int, dtypes: tuple[torch.dtype, torch.dtype], device: torch.device, backend: str
-) -> Callable[[Gated], None]:
-    """The chosen implementation's call for one kind; kept, because choosing takes longer than launching."""
-    spec = GatedSpec(name, width, *dtypes)
-    arch = arch_of(device)
-    call: Callable[[Gated], None] = select(IMPLS, spec, arch, backend).load().bind(spec, arch)
-    return call
+CHOICE = Choice(IMPLS)
 
 
 def gate(name: str, tensors: Gated, backend: str = "auto") -> None:
@@ -39,7 +27,8 @@ def gate(name: str, tensors: Gated, backend: str = "auto") -> None:
         for part in zip(out, input, strict=True):
             gate(name, Gated(*part, scale), backend=backend)
         return
-    _bound(name, out.shape[-1], (input.dtype, out.dtype), input.device, backend)(tensors)
+    spec = GatedSpec(name, out.shape[-1], input.dtype, out.dtype)
+    CHOICE.call(spec, input.device, backend)(tensors)
 
 
 def _register(name: str) -> library.Op:
@@ -54,4 +43,4 @@ silu_and_mul = _register("silu")
 gelu_and_mul = _register("gelu")
 gelu_tanh_and_mul = _register("gelu_tanh")
 
-__all__ = ["IMPLS", "Gated", "GatedSpec", "gate", "gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"]
+__all__ = ["CHOICE", "IMPLS", "Gated", "GatedSpec", "gate", "gelu_and_mul", "gelu_tanh_and_mul", "silu_and_mul"]

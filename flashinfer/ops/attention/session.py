@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import count
 from types import ModuleType
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -17,6 +19,10 @@ from flashinfer.ops.attention import IMPLS
 from flashinfer.ops.attention.options import Options
 from flashinfer.ops.attention.spec import AttentionSpec, Batch, Scales, Tensors, Workload
 from flashinfer.ops.attention.variant import Variant
+
+_numbers = count()
+# By `number`, which is what a compiled graph holds of a session.
+SESSIONS: WeakValueDictionary[int, Session] = WeakValueDictionary()
 
 
 class Session:
@@ -54,6 +60,8 @@ class Session:
         self._expected_rows: int | None = None
         self._checked: list[Any] = []
         self._addresses: tuple[int, ...] = ()
+        self.number = next(_numbers)
+        SESSIONS[self.number] = self
 
     def plan(self, spec: AttentionSpec, batch: Batch, options: Options, mask: Variant | None = None) -> None:
         """Choose an implementation and schedule `batch`; waits for the first `run` where only that tells the rows.
@@ -122,8 +130,12 @@ class Session:
         out: torch.Tensor | None = None,
         lse: torch.Tensor | None = None,
         return_lse: bool = False,
+        made: tuple[bool, bool] = (False, False),
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """Attend: q `[rows, num_qo_heads, head_dim_qk]`, k and v NHD pages. `out`, `lse` are written where given."""
+        """Attend: q `[rows, num_qo_heads, head_dim_qk]`, k and v NHD pages. `out`, `lse` are written where given.
+
+        made: whether those given were made for this run, and are not the caller's own.
+        """
         self.require_plan()
         assert self._impl is not None and self._batch is not None
         q, k, v = qkv
@@ -137,7 +149,7 @@ class Session:
         if self._plan is None:
             self._schedule(q.shape[0])
         rows, heads = q.shape[0], self.spec.num_qo_heads
-        given = out is not None, lse is not None
+        given = out is not None and not made[0], lse is not None and not made[1]
         if out is None:
             out = torch.empty((rows, heads, self.spec.head_dim_vo), dtype=self.spec.o_dtype, device=self.device)
         if return_lse and lse is None:

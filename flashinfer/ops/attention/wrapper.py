@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from flashinfer.core import check, indices
 from flashinfer.core.kv_cache import kv_layout as checked_layout
 from flashinfer.core.select import BackendSupportedError
+from flashinfer.ops.attention import torch_ops
 from flashinfer.ops.attention.options import Options, Scale, scales_of
 from flashinfer.ops.attention.session import Session
 from flashinfer.ops.attention.spec import AttentionSpec, Batch
@@ -57,6 +59,8 @@ class BatchWrapper:
         self._float_workspace_buffer = float_workspace_buffer
         self._int_workspace_buffer = torch.empty(0, dtype=torch.uint8, device=self.device)
         self._planned: Options | None = None
+        self._number = self._session.number
+        self._result_shape: torch_ops.Shape | None = None
         self._forward_returns_lse = False
         self._buffers = buffers or {}
         if use_cuda_graph:
@@ -94,6 +98,7 @@ class BatchWrapper:
     def _plan(self, spec: AttentionSpec, batch: Batch, options: Options, mask: Variant | None = None) -> None:
         self._session.plan(spec, batch, options, mask)
         self._planned = options
+        self._result_shape = (spec.num_qo_heads, spec.head_dim_vo, spec.o_dtype)
         self._causal, self._window_left = options.causal, options.window_left
         self._logits_soft_cap, self._sm_scale = options.logits_soft_cap, options.sm_scale
 
@@ -161,6 +166,8 @@ class BatchWrapper:
         options: Options | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """factors: (q_scale, k_scale, v_scale, o_scale, sinks); outputs: (out, lse, return_lse)."""
+        if torch.compiler.is_dynamo_compiling() and options is None:
+            return torch_ops.run(self._number, self._result_shape, qkv, factors, outputs)
         self._session.require_plan()
         chosen = options or self._planned
         assert chosen is not None
@@ -226,6 +233,19 @@ def returning_lse(forward: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             self._forward_returns_lse = False
 
+    return method
+
+
+def with_lse(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The method `run` with return_lse=True by default; not a partialmethod, which the compiler cannot trace."""
+
+    @wraps(run)
+    def method(self: BatchWrapper, *args: Any, **kwargs: Any) -> Any:
+        return run(self, *args, **{"return_lse": True, **kwargs})
+
+    plain = signature(run)
+    changed = [p.replace(default=True) if p.name == "return_lse" else p for p in plain.parameters.values()]
+    method.__dict__["__signature__"] = plain.replace(parameters=changed)
     return method
 
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-
 import torch
 
 from flashinfer.core import library
-from flashinfer.core.arch import arch_of
-from flashinfer.core.select import Impl, select
+from flashinfer.core.select import Choice, Impl
 from flashinfer.ops.norm.spec import Norm, NormSpec
 from flashinfer.ops.norm.support import torch_supports, triton_supports
 
@@ -19,32 +15,18 @@ IMPLS = (
 )
 
 
-@lru_cache(maxsize=4096)
-def _bound(
-    hidden_size: int,
-    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype],
-    centred: bool,
-    adds: bool,
-    weight_bias: float,
-    device: torch.device,
-    backend: str,
-) -> Callable[[Norm, float], None]:
-    """The chosen implementation's call for one kind of norm; kept, because choosing takes longer than launching."""
-    spec = NormSpec(hidden_size, *dtypes, centred, adds, weight_bias)
-    arch = arch_of(device)
-    call: Callable[[Norm, float], None] = select(IMPLS, spec, arch, backend).load().bind(spec, arch)
-    return call
+CHOICE = Choice(IMPLS)
 
 
-def normalise(tensors: Norm, eps: float, weight_bias: float = 0.0, backend: str = "auto") -> None:
+def normalise(tensors: Norm, eps: float, weight_bias: float = 0.0, backend: str = "auto", silu: bool = False) -> None:
     """Run one norm; LayerNorm where there is a shift. "auto" is Triton on a GPU and torch on CPU tensors."""
     out, input, weight = tensors[:3]
     if input.numel() == 0:
         return
     dtypes = (input.dtype, weight.dtype, out.dtype)
-    adds = tensors.residual is not None
-    bound = _bound(input.shape[-1], dtypes, tensors.shift is not None, adds, weight_bias, input.device, backend)
-    bound(tensors, eps)
+    centred, adds = tensors.shift is not None, tensors.residual is not None
+    spec = NormSpec(input.shape[-1], *dtypes, centred, adds, weight_bias, silu)
+    CHOICE.call(spec, input.device, backend)(tensors, eps)
 
 
 @library.register("rmsnorm(Tensor(a!) out, Tensor input, Tensor weight, Tensor? scale, float eps, float bias) -> ()")
@@ -53,6 +35,12 @@ def rmsnorm(
 ) -> None:
     """`out = input / sqrt(mean(input^2) + eps) * (weight + bias) / scale`."""
     normalise(Norm(out, input, weight, scale=scale), eps, bias)
+
+
+@library.register("rmsnorm_silu(Tensor(a!) out, Tensor input, Tensor weight, float eps) -> ()")
+def rmsnorm_silu(out: torch.Tensor, input: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
+    """`out = silu(input / sqrt(mean(input^2) + eps) * weight)`."""
+    normalise(Norm(out, input, weight), eps, silu=True)
 
 
 @library.register(
@@ -97,6 +85,7 @@ def layernorm(
 
 
 __all__ = [
+    "CHOICE",
     "IMPLS",
     "Norm",
     "NormSpec",
@@ -105,4 +94,5 @@ __all__ = [
     "layernorm",
     "normalise",
     "rmsnorm",
+    "rmsnorm_silu",
 ]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch.nn import functional
 
 from flashinfer.core.arch import Arch
 from flashinfer.core.check import FP8_DTYPES
@@ -34,6 +35,8 @@ def run(spec: NormSpec, tensors: Norm, eps: float) -> None:
     y = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * (tensors.weight.float() + spec.weight_bias)
     if tensors.shift is not None:
         y = y + tensors.shift.float()
+    if spec.silu:
+        y = functional.silu(y)
     if tensors.scale is not None:
         y = y / tensors.scale
     if spec.out_dtype in FP8_DTYPES:

@@ -13,7 +13,8 @@ class NormSpec:
     """One kind of norm over the last dimension of `hidden_size` elements.
 
     centred: LayerNorm (the mean is taken off, a shift added) rather than RMSNorm. adds: whether the input is first
-    added to a residual, which is written. out_dtype: the input's, or an fp8 dtype for the scaled result.
+    added to a residual, which is written. out_dtype: the input's, or an fp8 dtype for the scaled result. silu: whether
+    `x * sigmoid(x)` is taken of the result, before the scale.
     """
 
     hidden_size: int
@@ -23,6 +24,7 @@ class NormSpec:
     centred: bool
     adds: bool
     weight_bias: float
+    silu: bool = False
 
 
 class Norm(NamedTuple):

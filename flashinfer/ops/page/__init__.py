@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
 import torch
 
 from flashinfer.core import check, library
-from flashinfer.core.arch import arch_of
-from flashinfer.core.select import Impl, select
-from flashinfer.ops.page.spec import Append, AppendSpec, PageTable, Scale
+from flashinfer.core.select import Choice, Impl
+from flashinfer.ops.page.spec import Append, AppendSpec, Fp4Append, PageTable, Scale
 from flashinfer.ops.page.support import torch_supports, triton_supports
 
 IMPLS = (
@@ -19,15 +15,7 @@ IMPLS = (
 )
 
 
-@cache
-def _implementation(spec: AppendSpec | None, device: torch.device, backend: str) -> Any:
-    """The chosen implementation's call for one kind of append, or for None its module with the index functions.
-
-    Kept, because choosing takes longer than launching.
-    """
-    arch = arch_of(device)
-    module = select(IMPLS, spec, arch, backend).load()
-    return module if spec is None else module.bind(spec, arch)
+CHOICE = Choice(IMPLS)
 
 
 def append(tensors: Append, backend: str = "auto") -> None:
@@ -36,8 +24,7 @@ def append(tensors: Append, backend: str = "auto") -> None:
     pages = where.kv_indices if isinstance(where, PageTable) else tensors.k_cache
     if tensors.key.shape[0] == 0 or pages.shape[0] == 0:
         return
-    spec = tensors.spec
-    _implementation(spec, tensors.key.device, backend)(tensors)
+    CHOICE.call(tensors.spec, tensors.key.device, backend)(tensors)
 
 
 @library.register(
@@ -59,6 +46,22 @@ def append_paged_kv_cache(
         check_places(target, k_cache.shape[0], k_cache.shape[1])
     factors = [Scale(x) for x in scales] + [Scale(1.0, x) for x in scale_tensors]
     append(Append(key, value, k_cache, v_cache, target, *factors))
+
+
+@library.register("append_fp4(Tensor(a!)[] caches, Tensor[] rows, Tensor[] where, float[] scales) -> ()")
+def append_fp4(
+    caches: list[torch.Tensor], rows: list[torch.Tensor], where: list[torch.Tensor], scales: list[float]
+) -> None:
+    """`Fp4Append` of keys and of values. caches: codes of keys, of values, scales of keys, of values."""
+    target = PageTable(*where) if len(where) > 1 else where[0]
+    if rows[0].is_cpu:
+        check_places(target, *caches[0].shape[:2])
+    pages = target.kv_indices if isinstance(target, PageTable) else caches[0]
+    if rows[0].numel() == 0 or pages.shape[0] == 0:
+        return
+    module = CHOICE.module(None, rows[0].device)
+    for x, codes, found, scale in zip(rows, caches[:2], caches[2:], scales, strict=True):
+        module.append_fp4(Fp4Append(x, codes, found, target, scale))
 
 
 def check_places(where: PageTable | torch.Tensor, num_pages: int, page_size: int) -> None:
@@ -101,8 +104,8 @@ def batch_indices_positions(
     check.index_range("append_indptr", append_indptr, 0, batch_indices.numel() + 1)
     if batch_indices.shape[0] == 0:
         return
-    implementation = _implementation(None, batch_indices.device, "auto")
-    implementation.batch_indices_positions(batch_indices, positions, append_indptr, seq_lens)
+    module = CHOICE.module(None, batch_indices.device)
+    module.batch_indices_positions(batch_indices, positions, append_indptr, seq_lens)
 
 
 @library.register("get_seq_lens(Tensor(a!) out, Tensor kv_indptr, Tensor kv_last_page_len, int page_size) -> ()")
@@ -111,16 +114,19 @@ def seq_lens(out: torch.Tensor, kv_indptr: torch.Tensor, kv_last_page_len: torch
     check.indptr("kv_indptr", kv_indptr)
     if out.shape[0] == 0:
         return
-    _implementation(None, out.device, "auto").seq_lens(out, kv_indptr, kv_last_page_len, page_size)
+    CHOICE.module(None, out.device).seq_lens(out, kv_indptr, kv_last_page_len, page_size)
 
 
 __all__ = [
+    "CHOICE",
     "IMPLS",
     "Append",
     "AppendSpec",
+    "Fp4Append",
     "PageTable",
     "Scale",
     "append",
+    "append_fp4",
     "append_paged_kv_cache",
     "batch_indices_positions",
     "check_places",

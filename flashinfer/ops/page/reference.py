@@ -8,15 +8,17 @@ from functools import partial
 import torch
 
 from flashinfer.core.arch import Arch
-from flashinfer.ops.page.spec import Append, AppendSpec, PageTable, Scale, as_bytes
+from flashinfer.ops.page.spec import Append, AppendSpec, Fp4Append, PageTable, Scale, as_bytes
 
 
+@torch.no_grad()
 def seq_lens(out: torch.Tensor, kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> None:
     """Tokens of each request; 0 without pages."""
     pages = kv_indptr.diff()
     out.copy_(torch.where(pages > 0, (pages - 1) * page_size + kv_last_page_len, 0))
 
 
+@torch.no_grad()
 def batch_indices_positions(
     batch_indices: torch.Tensor, positions: torch.Tensor, append_indptr: torch.Tensor, seq_lens: torch.Tensor
 ) -> None:
@@ -80,3 +82,30 @@ def append(spec: AppendSpec, tensors: Append) -> None:
         cache = as_bytes(cache)
         new = _converted(source, spec, scale)[row]
         cache[page, slot] = torch.where(kept[:, None, None], new, cache[page, slot])
+
+
+def _e2m1(x: torch.Tensor) -> torch.Tensor:
+    """Codes of fp32 numbers, uint8: nearest even, saturating; NaN gives 6."""
+    magnitude = x.abs().nan_to_num(nan=6.0).clamp(max=6.0)
+    # A step is 0.5 below 2, 1 below 4, then 2; round() takes ties to even, and even multiples have even codes.
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    rounded = (magnitude / step).round() * step
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=x.device)
+    code = torch.searchsorted(values, rounded)
+    return (code + 8 * (torch.signbit(x) & ~x.isnan())).to(torch.uint8)
+
+
+@torch.no_grad()
+def append_fp4(tensors: Fp4Append) -> None:
+    """Write each token's codes and scales into its place."""
+    rows, codes, scales, where, global_scale = tensors
+    row, kept, page, slot = _places(where, codes.shape[1])
+    x = rows.float().unflatten(-1, (-1, 16))
+    # Tensors, since a division by a number may become a product with its inverse.
+    six, factor = (torch.full((), value, device=x.device) for value in (6.0, global_scale))
+    stored = (x.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1) / six / factor).clamp(max=448.0)
+    stored = stored.to(torch.float8_e4m3fn)
+    divisor = (stored.float() * factor)[..., None]
+    code = _e2m1(torch.where(divisor == 0, 0.0, x / divisor)).flatten(-2)
+    for new, cache in ((code[..., ::2] | code[..., 1::2] << 4, codes), (stored.view(torch.uint8), scales)):
+        cache[page, slot] = torch.where(kept[:, None, None], new[row], cache[page, slot])

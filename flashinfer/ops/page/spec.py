@@ -82,6 +82,21 @@ class Append(NamedTuple):
         )
 
 
+class Fp4Append(NamedTuple):
+    """An append to an NVFP4 cache, of keys or of values; innermost strides 1.
+
+    rows `[nnz, num_kv_heads, head_dim]`. codes: uint8 `[pages, page_size, num_kv_heads, head_dim / 2]`, scales: uint8
+    `[..., head_dim / 16]` bytes of e4m3 (NHD), both written in place. where: as in `Append`. global_scale: what codes
+    times scales are multiplied by to get the numbers back.
+    """
+
+    rows: torch.Tensor
+    codes: torch.Tensor
+    scales: torch.Tensor
+    where: PageTable | torch.Tensor
+    global_scale: float
+
+
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
     """fp8 seen as uint8: what its bytes mean is the encoder's business, not the copy's."""
     return x.view(torch.uint8) if x.dtype in FP8_DTYPES else x

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
 from types import ModuleType
 
 import torch
 from torch.nn import functional
 
-from flashinfer.core import library
-from flashinfer.core.arch import Arch, arch_of
-from flashinfer.core.select import Impl, select
-from flashinfer.ops.quantization.spec import Fp4, QuantSpec, SfLayout, scale_offset, scales_needed
+from flashinfer.core import check, library
+from flashinfer.core.select import Choice, Impl
+from flashinfer.ops.quantization.spec import Fp4, Fp4Pages, QuantSpec, SfLayout, scale_offset, scales_needed
 from flashinfer.ops.quantization.support import torch_supports, triton_supports
 
 IMPLS = (
@@ -20,13 +18,11 @@ IMPLS = (
 )
 
 
-@cache
-def _implementation(spec: QuantSpec, arch: Arch, backend: str) -> ModuleType:
-    return select(IMPLS, spec, arch, backend).load()
+CHOICE = Choice(IMPLS)
 
 
 def _chosen(call: str, x: torch.Tensor, out: torch.Tensor) -> ModuleType:
-    return _implementation(QuantSpec(call, x.dtype, out.dtype), arch_of(x.device), "auto")
+    return CHOICE.module(QuantSpec(call, x.dtype, out.dtype), x.device)
 
 
 @library.register("packbits(Tensor(a!) out, Tensor x, bool little) -> ()")
@@ -40,6 +36,13 @@ def packed_indptr(indptr: torch.Tensor) -> torch.Tensor:
     """Byte offsets `[batch_size + 1]` of segments with bit offsets `indptr`, each segment starting on a byte."""
     num_bytes = torch.div(indptr.diff() + 7, 8, rounding_mode="floor")
     return functional.pad(num_bytes.cumsum(0, dtype=indptr.dtype), (1, 0))
+
+
+def moved(indptr: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`indptr` on `device`, from pinned memory, so that nothing waits for the copy."""
+    if indptr.device == device:
+        return indptr
+    return indptr.pin_memory().to(device, non_blocking=True)
 
 
 @library.register("segment_packbits(Tensor(a!) out, Tensor x, Tensor indptr, Tensor byte_indptr, bool little) -> ()")
@@ -61,6 +64,24 @@ def segment_packbits(
     out = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
     fill_segments(out, x.contiguous(), indptr.contiguous(), byte_indptr, bitorder == "little")
     return out
+
+
+@torch.no_grad()
+def tensor_scale(x: torch.Tensor, dtype: torch.dtype, eps: float) -> torch.Tensor:
+    """fp32 `[1]`: `max(largest |x|, eps) / largest code` of `dtype`; a NaN does not count."""
+    limit = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    magnitude = x.abs().nan_to_num(nan=0.0, posinf=torch.inf).float().flatten()
+    largest = magnitude.amax(dim=0, keepdim=True) if x.numel() else magnitude.new_zeros(1)
+    return largest.clamp(min=eps) / limit
+
+
+@torch.no_grad()
+def interleave_scales(scales: torch.Tensor) -> torch.Tensor:
+    """Block scales `[batch, rows, blocks]` in tiles of 128 x 4 (`scale_offset`), flat, padding zero."""
+    batch, num_rows, num_columns = scales.shape
+    padded = functional.pad(scales, (0, -num_columns % 4, 0, -num_rows % 128))
+    tiles = padded.view(batch, -1, 4, 32, padded.shape[2] // 4, 4)
+    return tiles.permute(0, 1, 4, 3, 2, 5).reshape(-1)
 
 
 @library.register("quantize_groups(Tensor(a!) out, Tensor(b!) scales, Tensor x, float eps, bool power_of_two) -> ()")
@@ -107,6 +128,31 @@ def dequantize_fp4(
         _chosen("dequantize_fp4", x, out).dequantize_fp4(out, x, scales, global_scale, kind)
 
 
+@library.register(
+    "dequantize_fp4_pages(Tensor(a!) out, Tensor codes, Tensor scales, Tensor global_scale, Tensor table, "
+    "Tensor seq_lens) -> ()"
+)
+def dequantize_fp4_pages(
+    out: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    global_scale: torch.Tensor,
+    table: torch.Tensor,
+    seq_lens: torch.Tensor,
+) -> None:
+    """`out [batch, max_seq_len, num_heads, head_dim]` of `Fp4Pages`, found through `table` `[batch, pages]`.
+
+    What lies behind `seq_lens` `[batch]` stays as it is.
+    """
+    if seq_lens.is_cpu:
+        check.index_range("seq_lens", seq_lens, 0, min(out.shape[1], table.shape[1] * codes.shape[1]) + 1)
+        used = torch.arange(table.shape[1]) * codes.shape[1] < seq_lens[:, None]
+        check.index_range("block_tables", table[used], 0, codes.shape[0])
+    if out.numel() > 0 and table.numel() > 0:
+        pages = Fp4Pages(codes, scales, global_scale)
+        _chosen("dequantize_fp4_pages", codes, out).dequantize_fp4_pages(out, pages, table, seq_lens)
+
+
 @library.register("concat_mla_k(Tensor(a!) k, Tensor k_nope, Tensor k_rope) -> ()")
 def concat_heads(k: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor) -> None:
     """`k [nnz, num_heads, nope + rope]` from `k_nope` of each head and `k_rope` `[nnz, 1, rope]` of all."""
@@ -115,13 +161,18 @@ def concat_heads(k: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor) ->
 
 
 __all__ = [
+    "CHOICE",
     "IMPLS",
     "Fp4",
+    "Fp4Pages",
     "QuantSpec",
     "SfLayout",
     "concat_heads",
     "dequantize_fp4",
+    "dequantize_fp4_pages",
     "dequantize_groups",
+    "interleave_scales",
+    "moved",
     "packbits",
     "packed_indptr",
     "quantize_by_scale",
@@ -129,4 +180,5 @@ __all__ = [
     "scale_offset",
     "scales_needed",
     "segment_packbits",
+    "tensor_scale",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from flashinfer.ops.quantization.spec import Fp4, scale_offset
+from flashinfer.ops.quantization.spec import Fp4, Fp4Pages, scale_offset
 
 
 def _bytes(bits: torch.Tensor, little: bool) -> torch.Tensor:
@@ -16,12 +16,14 @@ def _bytes(bits: torch.Tensor, little: bool) -> torch.Tensor:
     return (bits.to(torch.uint8) << place).sum(dim=1, dtype=torch.uint8)
 
 
+@torch.no_grad()
 def packbits(out: torch.Tensor, x: torch.Tensor, little: bool) -> None:
     """uint8 `[ceil(n / 8)]` of a mask `[n]`, the last byte filled with zeros."""
     padded = functional.pad(x != 0, (0, -x.numel() % 8))
     out.copy_(_bytes(padded.view(-1, 8), little))
 
 
+@torch.no_grad()
 def segment_packbits(
     out: torch.Tensor, x: torch.Tensor, indptr: torch.Tensor, byte_indptr: torch.Tensor, little: bool
 ) -> None:
@@ -72,15 +74,35 @@ def dequantize_groups(out: torch.Tensor, x: torch.Tensor, scales: torch.Tensor) 
     out.copy_(x.float() * scales[..., None])
 
 
+def _e2m1(x: torch.Tensor) -> torch.Tensor:
+    """fp32 `[..., 2 * n]` of bytes `[..., n]`, the first of a pair in the low bits."""
+    codes = torch.stack([x & 15, x >> 4], dim=-1).flatten(-2).int()
+    exponent, last = codes >> 1 & 3, (codes & 1) / 2
+    magnitudes = torch.where(exponent == 0, last, torch.ldexp(1 + last, exponent - 1))
+    return torch.where(codes >= 8, -magnitudes, magnitudes)
+
+
+@torch.no_grad()
+def dequantize_fp4_pages(out: torch.Tensor, cache: Fp4Pages, table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """The tokens of each request, one behind the other; what lies behind its length stays as it is."""
+    codes, scales, global_scale = cache
+    page_size, position = codes.shape[1], torch.arange(out.shape[1], device=out.device)
+    inside = position < seq_lens[:, None]
+    entry = (position // page_size).clamp(max=table.shape[1] - 1).expand_as(inside)
+    page = torch.where(inside, table.gather(1, entry), 0)
+    slot = (position % page_size).expand_as(inside)
+    # fp8 tensors cannot be indexed on every device; their bytes can.
+    factor = scales.view(torch.uint8)[page, slot].view(torch.float8_e4m3fn).float() * global_scale
+    values = _e2m1(codes[page, slot]) * factor.repeat_interleave(16, dim=-1)
+    out.copy_(torch.where(inside[..., None, None], values.to(out.dtype), out))
+
+
 @torch.no_grad()
 def dequantize_fp4(
     out: torch.Tensor, x: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor | None, kind: Fp4
 ) -> None:
     """Codes `[rows, columns / 2]`, the first of a pair in the low bits, times their block's scale and the global."""
-    codes = torch.stack([x & 15, x >> 4], dim=-1).flatten(1).int()
-    exponent, last = codes >> 1 & 3, (codes & 1) / 2
-    magnitudes = torch.where(exponent == 0, last, torch.ldexp(1 + last, exponent - 1))
-    values = torch.where(codes >= 8, -magnitudes, magnitudes)
+    values = _e2m1(x)
     num_rows, num_columns = values.shape[0], values.shape[1] // kind.group_size
     row = torch.arange(num_rows, device=x.device)[:, None]
     column = torch.arange(num_columns, device=x.device)

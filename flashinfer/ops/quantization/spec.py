@@ -32,6 +32,18 @@ class Fp4(NamedTuple):
     layout: SfLayout
 
 
+class Fp4Pages(NamedTuple):
+    """A paged NVFP4 cache of keys or of values, NHD, innermost stride 1.
+
+    codes: uint8 `[pages, page_size, num_heads, head_dim / 2]`. scales: e4m3, or its bytes, `[pages, page_size,
+    num_heads, head_dim / 16]`. global_scale: fp32 of one element.
+    """
+
+    codes: torch.Tensor
+    scales: torch.Tensor
+    global_scale: torch.Tensor
+
+
 def scale_offset(row: torch.Tensor, column: torch.Tensor, num_columns: int, layout: SfLayout) -> torch.Tensor:
     """Where the scale of block `column` of `row` lies (cuBLAS manual, "1D block scaling factors layout")."""
     tiles = -(-num_columns // 4)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 
 import torch
 
 from flashinfer.core import check, library
-from flashinfer.core.arch import arch_of
-from flashinfer.core.select import Impl, select
+from flashinfer.core.select import Choice, Impl
 from flashinfer.ops.page import PageTable, check_places
 from flashinfer.ops.rope.frequencies import frequencies
 from flashinfer.ops.rope.spec import (
@@ -31,33 +29,30 @@ IMPLS = (
 )
 
 
-@cache
-def _implementation(spec: RopeSpec, device: torch.device, backend: str) -> Callable[[Rotation], None]:
-    """The chosen implementation's call for one kind of rotation; kept, because choosing takes longer than launching."""
-    arch = arch_of(device)
-    call: Callable[[Rotation], None] = select(IMPLS, spec, arch, backend).load().bind(spec, arch)
-    return call
+CHOICE = Choice(IMPLS)
 
 
 def rotate(rotation: Rotation, rotary_dim: int, interleave: bool, backend: str = "auto") -> None:
     """Rotate, and write every target of the call; "auto" is Triton on a GPU and torch on CPU tensors."""
     source = rotation.q.rope.source
+    if rotation.angle.positions.is_cpu:
+        _check_values(rotation)
     if source.shape[0] == 0:
         return
     spec = spec_of(rotation, rotary_dim, interleave)
-    _implementation(spec, source.device, backend)(rotation)
+    CHOICE.call(spec, source.device, backend)(rotation)
 
 
-def _check_ranges(angle: Angle, nnz: int) -> None:
-    """Check what only the host can see, for CPU tensors: every token has its angles."""
-    table, positions, offsets = angle
-    if not positions.is_cpu:
-        return
+def _check_values(rotation: Rotation) -> None:
+    """Check what only the host can see, for CPU tensors: every token has its angles, and its place in the cache."""
+    table, positions, offsets = rotation.angle
     if offsets is not None:
         check.indptr("indptr", positions)
-        check.index_range("indptr", positions, 0, nnz + 1)
+        check.index_range("indptr", positions, 0, rotation.q.rope.source.shape[0] + 1)
     elif table.dim() == 2:
         check.index_range("positions", positions, 0, table.shape[0])
+    if rotation.table is not None:
+        check_places(rotation.table, *rotation.k.rope.target.shape[:2])
 
 
 @cache
@@ -67,10 +62,10 @@ def _rope(scaling: tuple[float, ...], rotary_dim: int) -> Rope:
     return Rope(rotary_dim, scaling[0], scaling[1], smoothing)
 
 
-def _side(x: torch.Tensor, out: torch.Tensor, rotary_dim: int) -> Side:
-    """x rotated into out; in place (out is x) the components beyond rotary_dim stay where they are."""
-    if out is x or rotary_dim == x.shape[2]:
-        return Side(Move(x, out))
+def _side(out: torch.Tensor, x: torch.Tensor | None, rotary_dim: int) -> Side:
+    """x rotated into out; without it out in place, where the components beyond rotary_dim stay where they are."""
+    if x is None or rotary_dim == x.shape[2]:
+        return Side(Move(out if x is None else x, out))
     return Side(Move(x, out), Move(x[..., rotary_dim:], out[..., rotary_dim:]))
 
 
@@ -91,10 +86,8 @@ def rope(
     """Rotate q and k by frequencies; without them q_out and k_out, in place. style: rotary_dim, + 1 to interleave."""
     interleave = style % 2 == 1
     rotary_dim = style - interleave
-    table = frequencies(_rope(tuple(scaling), rotary_dim), positions.device)
-    angle = Angle(table, positions, offsets)
-    _check_ranges(angle, q_out.shape[0])
-    sides = _side(q_out if q is None else q, q_out, rotary_dim), _side(k_out if k is None else k, k_out, rotary_dim)
+    angle = Angle(frequencies(_rope(tuple(scaling), rotary_dim), positions.device), positions, offsets)
+    sides = _side(q_out, q, rotary_dim), _side(k_out, k, rotary_dim)
     rotate(Rotation(*sides, angle), rotary_dim, interleave)
 
 
@@ -113,10 +106,8 @@ def rope_cached(
 ) -> None:
     """Rotate q and k by tabulated cosines and sines; without them q_out and k_out, in place."""
     rotary_dim = cos_sin_cache.shape[1]
-    angle = Angle(cos_sin_cache, positions)
-    _check_ranges(angle, q_out.shape[0])
-    sides = _side(q_out if q is None else q, q_out, rotary_dim), _side(k_out if k is None else k, k_out, rotary_dim)
-    rotate(Rotation(*sides, angle), rotary_dim, interleave)
+    sides = _side(q_out, q, rotary_dim), _side(k_out, k, rotary_dim)
+    rotate(Rotation(*sides, Angle(cos_sin_cache, positions)), rotary_dim, interleave)
 
 
 def _normed(x: torch.Tensor, rotary_dim: int) -> Side:
@@ -141,9 +132,7 @@ def qk_rmsnorm_rope(
 ) -> None:
     """RMSNorm of each head of q and k, then rotation by tabulated cosines and sines, in place."""
     rotary_dim = cos_sin_cache.shape[1]
-    angle = Angle(cos_sin_cache, positions)
-    _check_ranges(angle, q.shape[0])
-    sides = _normed(q, rotary_dim), _normed(k, rotary_dim)
+    sides, angle = (_normed(q, rotary_dim), _normed(k, rotary_dim)), Angle(cos_sin_cache, positions)
     rotate(Rotation(*sides, angle, weights=Weights(q_weight, k_weight, eps)), rotary_dim, interleave)
 
 
@@ -168,9 +157,8 @@ def rope_quantize(
     interleave: bool,
 ) -> None:
     """Rotate and quantise. x, out `[nnz, num_heads, dim]`: rotated q, rotated k, rest of q, rest of k (dim 0: none)."""
-    angle = Angle(cos_sin_cache, positions)
-    _check_ranges(angle, positions.shape[0])
-    rotate(Rotation(*_quantized(x, out, scales), angle), cos_sin_cache.shape[1], interleave)
+    sides = _quantized(x, out, scales)
+    rotate(Rotation(*sides, Angle(cos_sin_cache, positions)), cos_sin_cache.shape[1], interleave)
 
 
 @library.register(
@@ -187,17 +175,13 @@ def rope_quantize_append(
     interleave: bool,
 ) -> None:
     """`rope_quantize` of k, and of a fifth tensor v if there is one, to views of a paged cache."""
-    angle = Angle(cos_sin_cache, positions)
-    _check_ranges(angle, positions.shape[0])
-    table = PageTable(*page_table)
-    if positions.is_cpu:
-        check_places(table, out[1].shape[0], out[1].shape[1])
     v = Move(x[4], out[4]) if len(x) > 4 else None
-    sides = _quantized(x[:4], out[:4], scales)
-    rotate(Rotation(*sides, angle, v, table), cos_sin_cache.shape[1], interleave)
+    sides, angle = _quantized(x[:4], out[:4], scales), Angle(cos_sin_cache, positions)
+    rotate(Rotation(*sides, angle, v, PageTable(*page_table)), cos_sin_cache.shape[1], interleave)
 
 
 __all__ = [
+    "CHOICE",
     "IMPLS",
     "Angle",
     "Move",

@@ -6,6 +6,7 @@ import math
 
 import torch
 
+from flashinfer.core.replay import permanent
 from flashinfer.ops.rope.spec import Rope
 
 _known: dict[tuple[Rope, torch.device], torch.Tensor] = {}
@@ -25,7 +26,7 @@ def frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
             if torch.cuda.is_current_stream_capturing():
                 return known
             torch.cuda.current_stream(device).synchronize()  # other streams read them from now on
-        _known[rope, device] = known
+        _known[rope, device] = permanent(known)
     return known
 
 

@@ -12,11 +12,10 @@ from flashinfer.device.rows import Rows
 from flashinfer.ops.activation.spec import GatedSpec
 from flashinfer.ops.activation.triton.kernel import ACTIVATIONS, gated_kernel
 from flashinfer.ops.activation.triton.launch import NUM_WARPS, choose
-from flashinfer.testing.gate import ALL_ARCHS, GateCase
+from flashinfer.testing.gate import ALL_ARCHS, FP8_ARCHS, OTHER_ARCHS, SPELLED, GateCase
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-SPELLED = {BF16: "bf16", FP16: "fp16", FP32: "fp32", E4M3: "u8", E5M2: "u8"}
 NUM_SMS = 132
 FEW, MANY = 1, 1 << 20
 # name, activation, columns of the result, input, output, flat
@@ -35,9 +34,9 @@ def cases() -> Iterator[GateCase]:
     for kind, num_rows, native in product(KINDS, (FEW, MANY), (True, False)):
         name, activation, width, dtype, out_dtype, flat = kind
         is_fp8 = out_dtype in (E4M3, E5M2)
-        archs = tuple(a for a in ALL_ARCHS if not is_fp8 or Arch(a, NUM_SMS, 0).converts_to_fp8 == native)
-        if not archs or native > is_fp8:
+        if native > is_fp8:
             continue
+        archs = (FP8_ARCHS if native else OTHER_ARCHS) if is_fp8 else ALL_ARCHS
         arch = Arch(archs[0], NUM_SMS, SMEM_BYTES.get(archs[0], 0))
         signature = {
             "out": Rows(f"*{SPELLED[out_dtype]}", "i32", "i32"),

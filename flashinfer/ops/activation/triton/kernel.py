@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
+from flashinfer.device.activation import silu
 from flashinfer.device.fp8 import to_fp8
 from flashinfer.device.rows import row_pointers
 
@@ -25,11 +26,6 @@ class GatedConfig:
     flat: bool
     mantissa_bits: int
     native_fp8: bool
-
-
-@triton.jit
-def silu(x):
-    return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit

@@ -12,11 +12,10 @@ from flashinfer.device.rows import Rows
 from flashinfer.ops.norm.spec import NormSpec
 from flashinfer.ops.norm.triton.configs import choose
 from flashinfer.ops.norm.triton.kernel import norm_kernel
-from flashinfer.testing.gate import ALL_ARCHS, GateCase
+from flashinfer.testing.gate import ALL_ARCHS, FP8_ARCHS, OTHER_ARCHS, SPELLED, GateCase
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
-SPELLED = {BF16: "bf16", FP16: "fp16", FP32: "fp32", E4M3: "u8", E5M2: "u8"}
 NUM_SMS = 132
 FEW, MANY = 1, 1 << 20
 # name, hidden size, input, weight, output, centred, adds, flat
@@ -24,6 +23,8 @@ KINDS = (
     ("rms4096", 4096, BF16, BF16, BF16, False, False, True),
     ("rms_heads128", 128, BF16, BF16, BF16, False, False, False),
     ("rms_odd", 577, FP16, FP32, FP16, False, False, False),
+    ("rms_silu1024", 1024, BF16, BF16, BF16, False, False, True),
+    ("rms_silu_e4m3", 1024, BF16, BF16, E4M3, False, False, True),
     ("rms_widest", 16384, FP32, FP32, FP32, False, False, True),
     ("add8192", 8192, BF16, BF16, BF16, False, True, True),
     ("add_widest", 16384, BF16, BF16, BF16, False, True, True),
@@ -40,11 +41,12 @@ def cases() -> Iterator[GateCase]:
     for kind, num_rows, native in product(KINDS, (FEW, MANY), (True, False)):
         name, hidden_size, dtype, weight_dtype, out_dtype, centred, adds, flat = kind
         is_fp8 = out_dtype in (E4M3, E5M2)
-        archs = tuple(a for a in ALL_ARCHS if not is_fp8 or Arch(a, NUM_SMS, 0).converts_to_fp8 == native)
-        if not archs or native > is_fp8:
+        if native > is_fp8:
             continue
+        archs = (FP8_ARCHS if native else OTHER_ARCHS) if is_fp8 else ALL_ARCHS
         arch = Arch(archs[0], NUM_SMS, SMEM_BYTES.get(archs[0], 0))
-        launch = choose(NormSpec(hidden_size, dtype, weight_dtype, out_dtype, centred, adds, 0.0), arch, num_rows, flat)
+        spec = NormSpec(hidden_size, dtype, weight_dtype, out_dtype, centred, adds, 0.0, "silu" in name)
+        launch = choose(spec, arch, num_rows, flat)
         rows = Rows(f"*{SPELLED[dtype]}", "i32", "i32")
         signature = {
             "out": Rows(f"*{SPELLED[out_dtype]}", "i32", "i32"),
@@ -52,7 +54,7 @@ def cases() -> Iterator[GateCase]:
             "residual": rows if adds else "constexpr",
             "weight": f"*{SPELLED[weight_dtype]}",
             "shift": f"*{SPELLED[weight_dtype]}" if centred else "constexpr",
-            "scale": "*fp32" if is_fp8 else "constexpr",
+            "scale": "*fp32" if is_fp8 and not spec.silu else "constexpr",
             "num_rows": "i32",
             "num_inner": "i32",
             "eps": "fp32",

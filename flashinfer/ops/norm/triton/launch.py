@@ -26,9 +26,7 @@ def bind(spec: NormSpec, arch: Arch) -> Callable[[Norm, float], None]:
     def configured(layout: RowLayout) -> tuple[Launch, tuple[int, int, int], object]:
         launch = choose(spec, arch, layout.num_rows, layout.flat)
         blocks = triton.cdiv(layout.num_rows, launch.kernel.rows)
-        turns = triton.cdiv(blocks, launch.max_programs)
-        # As few programs as take no more turns: then none is left to work alone at the end.
-        return launch, (triton.cdiv(blocks, turns), 1, 1), token(spec, launch, layout.key)
+        return launch, (blocks, 1, 1), token(spec, launch, layout.key)
 
     def run(tensors: Norm, eps: float) -> None:
         out, input, weight, residual, shift, scale = tensors

@@ -1,5 +1,5 @@
 """Triton implementation of the append and of its index functions."""
 
-from flashinfer.ops.page.triton.launch import batch_indices_positions, bind, seq_lens
+from flashinfer.ops.page.triton.launch import append_fp4, batch_indices_positions, bind, seq_lens
 
-__all__ = ["batch_indices_positions", "bind", "seq_lens"]
+__all__ = ["append_fp4", "batch_indices_positions", "bind", "seq_lens"]

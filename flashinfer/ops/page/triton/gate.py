@@ -15,17 +15,13 @@ from flashinfer.ops.page.triton.kernel import (
     PageStrides,
     RowStrides,
     Table,
+    append_fp4_kernel,
     append_kernel,
     batch_indices_kernel,
     seq_lens_kernel,
 )
-from flashinfer.ops.page.triton.launch import INDEX_BLOCK, NUM_WARPS, configure
-from flashinfer.testing.gate import ALL_ARCHS, GateCase
-
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int8: "i8"}
-# What converts to fp8 by itself, and what does not (`Arch.converts_to_fp8`).
-NATIVE_ARCHS = ("sm90", "sm100", "sm120")
-OTHER_ARCHS = tuple(arch for arch in ALL_ARCHS if arch not in NATIVE_ARCHS)
+from flashinfer.ops.page.triton.launch import INDEX_BLOCK, NUM_WARPS, configure, fp4_tile
+from flashinfer.testing.gate import ALL_ARCHS, FP8_ARCHS, OTHER_ARCHS, SPELLED, GateCase
 
 SPECS = {
     "bf16": AppendSpec(8, 128, 128, 16, torch.bfloat16, torch.bfloat16),
@@ -41,8 +37,8 @@ SPECS = {
 
 
 def _append(name: str, spec: AppendSpec, archs: tuple[str, ...]) -> GateCase:
-    cfg, _ = configure(spec, Arch("sm90" if archs is NATIVE_ARCHS else "sm80", 132, 0))
-    row, cache = TYPES[spec.row_dtype], TYPES.get(spec.cache_dtype, "u8")
+    cfg, _ = configure(spec, Arch("sm90" if archs is FP8_ARCHS else "sm80", 132, 0))
+    row, cache = SPELLED[spec.row_dtype], SPELLED[spec.cache_dtype]
     data = Data(*[f"*{row}"] * 2, *[f"*{cache}"] * 2)
     strides = (*[RowStrides("i32", "i32")] * 2, *[PageStrides("i64", "i32", "i32")] * 2)
     table = Table("*i64", *["constexpr"] * 3) if spec.slots else Table(*["*i32"] * 4)
@@ -70,6 +66,20 @@ def _append(name: str, spec: AppendSpec, archs: tuple[str, ...]) -> GateCase:
     )
 
 
+def _append_fp4(name: str, slots: bool, archs: tuple[str, ...]) -> GateCase:
+    block_tokens, block_groups = fp4_tile(8 * 8)
+    strides = (RowStrides("i32", "i32"), *[PageStrides("i64", "i32", "i32")] * 2)
+    table = Table("*i64", *["constexpr"] * 3) if slots else Table(*["*i32"] * 4)
+    signature: dict[str, Any] = {"rows": "*bf16", "codes": "*u8", "scales": "*u8", "strides": strides, "table": table}
+    signature |= {"global_scale": "fp32", **dict.fromkeys(("num_tokens", "num_groups", "page_size"), "i32")}
+    constexprs: dict[Any, Any] = {"HEAD_GROUPS": 8, "NATIVE": archs is FP8_ARCHS}
+    constexprs |= {"BLOCK_TOKENS": block_tokens, "BLOCK_GROUPS": block_groups}
+    signature |= dict.fromkeys(constexprs, "constexpr")
+    absent: dict[Any, Any] = {(4, j): None for j in (1, 2, 3)} if slots else {}
+    options = {"num_warps": NUM_WARPS}
+    return GateCase(name, append_fp4_kernel, signature, constexprs | absent, options=options, archs=archs)
+
+
 def cases() -> Iterator[GateCase]:
     """Every dtype path and block shape of the append kernel, and the index kernels."""
     for name, spec in SPECS.items():
@@ -77,7 +87,11 @@ def cases() -> Iterator[GateCase]:
             yield _append(name, spec, ALL_ARCHS)
         else:
             yield _append(name, spec, OTHER_ARCHS)
-            yield _append(f"{name}.native", spec, NATIVE_ARCHS)
+            yield _append(f"{name}.native", spec, FP8_ARCHS)
+    for slots in (False, True):
+        name = "append_fp4.slots" if slots else "append_fp4"
+        yield _append_fp4(name, slots, OTHER_ARCHS)
+        yield _append_fp4(f"{name}.native", slots, FP8_ARCHS)
     pointers = dict.fromkeys(("batch_indices", "positions", "append_indptr", "seq_lens"), "*i32")
     signature = {**pointers, "num_tokens": "i32", "batch_size": "i32", "steps": "i32", "BLOCK": "constexpr"}
     constexprs = {"BLOCK": INDEX_BLOCK}

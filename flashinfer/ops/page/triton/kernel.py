@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from flashinfer.device.fp8 import to_fp8, to_int8
+from flashinfer.device.decode import decode_fp8
+from flashinfer.device.fp8 import encode_e2m1, to_fp8, to_int8
 from flashinfer.device.search import upper_bound
 
 
@@ -97,6 +98,22 @@ def store_rows(loaded, data, strides, divisor, places, offs_col, num_heads, cfg:
     tl.store(target, x.to(data.dtype.element_ty), mask=mask & mask_token[:, None])
 
 
+@triton.jit
+def find_places(table, offs_token, mask, page_size):
+    """(page, slot, whether the token is there and not skipped) of tokens, int64."""
+    index = tl.load(table[0] + offs_token, mask=mask, other=-1)
+    mask = mask & (index >= 0)
+    if table[1] is None:
+        page = (index // page_size).to(tl.int64)
+        slot = (index % page_size).to(tl.int64)
+    else:
+        position = tl.load(table[1] + offs_token, mask=mask, other=0)
+        entry = tl.load(table[3] + index, mask=mask, other=0) + position // page_size
+        page = tl.load(table[2] + entry, mask=mask, other=0).to(tl.int64)
+        slot = (position % page_size).to(tl.int64)
+    return page, slot, mask
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def append_kernel(data, strides, table, k_divisor, v_divisor, num_tokens, num_heads, page_size, cfg: tl.constexpr):
     """Grid: (token blocks, column blocks). data: Data, strides: one for each of it; table: Table; Divisors.
@@ -109,19 +126,53 @@ def append_kernel(data, strides, table, k_divisor, v_divisor, num_tokens, num_he
     mask = offs_token < num_tokens
     loaded_k = load_rows(data.key, strides[0], offs_token, mask, offs_col, num_heads, cfg.head_dims[0])
     loaded_v = load_rows(data.value, strides[1], offs_token, mask, offs_col, num_heads, cfg.head_dims[1])
-    index = tl.load(table[0] + offs_token, mask=mask, other=-1)
-    mask = mask & (index >= 0)
-    if table[1] is None:
-        page = (index // page_size).to(tl.int64)
-        slot = (index % page_size).to(tl.int64)
-    else:
-        position = tl.load(table[1] + offs_token, mask=mask, other=0)
-        entry = tl.load(table[3] + index, mask=mask, other=0) + position // page_size
-        page = tl.load(table[2] + entry, mask=mask, other=0).to(tl.int64)
-        slot = (position % page_size).to(tl.int64)
-    places = (page, slot, mask)
+    places = find_places(table, offs_token, mask, page_size)
     store_rows(loaded_k, data.k_cache, strides[2], k_divisor, places, offs_col, num_heads, cfg, cfg.head_dims[0])
     store_rows(loaded_v, data.v_cache, strides[3], v_divisor, places, offs_col, num_heads, cfg, cfg.head_dims[1])
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def append_fp4_kernel(
+    rows,
+    codes,
+    scales,
+    strides,
+    table,
+    global_scale,
+    num_tokens,
+    num_groups,
+    page_size,
+    HEAD_GROUPS: tl.constexpr,
+    NATIVE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """Grid: (token blocks, blocks of groups of 16 columns). strides: RowStrides, PageStrides of codes, of scales.
+
+    The scale of a group is its largest magnitude over 6 and over the global scale, in e4m3; its codes are e2m1.
+    """
+    offs_token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    group = tl.program_id(1) * BLOCK_GROUPS + tl.arange(0, BLOCK_GROUPS)
+    head, within = (group // HEAD_GROUPS).to(tl.int64), group % HEAD_GROUPS
+    mask_token = offs_token < num_tokens
+    mask = mask_token[:, None] & (group < num_groups)[None, :]
+    begin = offs_token[:, None] * strides[0].token + (head * strides[0].head + within * 16)[None, :]
+    x = tl.load(rows + begin[:, :, None] + tl.arange(0, 16)[None, None, :], mask=mask[:, :, None], other=0.0)
+    x = x.to(tl.float32)
+    largest = tl.max(tl.where(x == x, tl.abs(x), 0.0), axis=2)
+    wanted = tl.div_rn(largest, tl.full(largest.shape, 6.0, tl.float32))
+    wanted = tl.div_rn(wanted, tl.zeros_like(wanted) + global_scale)
+    byte = to_fp8(wanted, 3, NATIVE)
+    factor = tl.broadcast_to((decode_fp8(byte, 3) * global_scale)[:, :, None], x.shape)
+    code = encode_e2m1(tl.where(factor == 0.0, 0.0, tl.div_rn(x, tl.where(factor == 0.0, 1.0, factor))))
+    low, high = tl.split(tl.reshape(code, (BLOCK_TOKENS, BLOCK_GROUPS, 8, 2)))
+    page, slot, kept = find_places(table, offs_token, mask_token, page_size)
+    mask = mask & kept[:, None]
+    begin = (page * strides[1].page + slot * strides[1].slot)[:, None] + (head * strides[1].head + within * 8)[None, :]
+    target = codes + begin[:, :, None] + tl.arange(0, 8)[None, None, :]
+    tl.store(target, (low | high << 4).to(tl.uint8), mask=mask[:, :, None])
+    begin = (page * strides[2].page + slot * strides[2].slot)[:, None] + (head * strides[2].head + within)[None, :]
+    tl.store(scales + begin, byte, mask=mask)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "batch_size", "steps"])

@@ -9,10 +9,10 @@ from functools import lru_cache
 import torch
 import triton
 
-from flashinfer.core.arch import Arch
+from flashinfer.core.arch import Arch, arch_of
 from flashinfer.core.check import FP8_MANTISSA_BITS
 from flashinfer.core.launch import Prebound, alignment, integer_classes
-from flashinfer.ops.page.spec import Append, AppendSpec, PageTable, Scale, as_bytes
+from flashinfer.ops.page.spec import Append, AppendSpec, Fp4Append, PageTable, Scale, as_bytes
 from flashinfer.ops.page.triton.kernel import (
     AppendConfig,
     Data,
@@ -20,6 +20,7 @@ from flashinfer.ops.page.triton.kernel import (
     PageStrides,
     RowStrides,
     Table,
+    append_fp4_kernel,
     append_kernel,
     batch_indices_kernel,
     seq_lens_kernel,
@@ -32,6 +33,7 @@ INDEX_BLOCK = 256
 NUM_WARPS = 4
 Strides = tuple[int, ...]
 _launch_append = Prebound(append_kernel)
+_launch_append_fp4 = Prebound(append_fp4_kernel)
 _launch_batch_indices = Prebound(batch_indices_kernel)
 _launch_seq_lens = Prebound(seq_lens_kernel)
 
@@ -101,6 +103,49 @@ def bind(spec: AppendSpec, arch: Arch) -> Callable[[Append], None]:
         )
 
     return run
+
+
+def fp4_tile(num_groups: int) -> tuple[int, int]:
+    """(tokens, groups of 16) of a program."""
+    block_groups = min(triton.next_power_of_2(num_groups), TILE // 16)
+    return max(1, TILE // 16 // block_groups), block_groups
+
+
+def append_fp4(tensors: Fp4Append) -> None:
+    """Codes and scales of each token: one launch."""
+    rows, codes, scales, where, global_scale = tensors
+    table = Table(*where) if isinstance(where, PageTable) else Table(where, None, None, None)
+    num_heads, head_dim = rows.shape[1:]
+    num_groups, native = num_heads * head_dim // 16, arch_of(rows.device).converts_to_fp8
+    strides = (RowStrides(*rows.stride()[:2]), *(PageStrides(*x.stride()[:3]) for x in (codes, scales)))
+    block_tokens, block_groups = fp4_tile(num_groups)
+    flat = (*(n for part in strides for n in part), num_groups, codes.shape[1])
+    num_tokens = table.batch_indices.shape[0]
+    _launch_append_fp4(
+        (-(-num_tokens // block_tokens), -(-num_groups // block_groups), 1),
+        (
+            (rows.dtype, table.batch_indices.dtype, table.positions is None, head_dim, block_groups),
+            integer_classes(flat),
+            alignment(rows, codes, scales, *table),
+        ),
+        (
+            rows,
+            codes,
+            scales,
+            strides,
+            table,
+            global_scale,
+            num_tokens,
+            num_groups,
+            codes.shape[1],
+            head_dim // 16,
+            native,
+            block_tokens,
+            block_groups,
+        ),
+        rows.device,
+        num_warps=NUM_WARPS,
+    )
 
 
 def batch_indices_positions(

@@ -3,6 +3,7 @@
 from flashinfer.ops.quantization.triton.launch import (
     concat_heads,
     dequantize_fp4,
+    dequantize_fp4_pages,
     dequantize_groups,
     packbits,
     quantize_by_scale,
@@ -13,6 +14,7 @@ from flashinfer.ops.quantization.triton.launch import (
 __all__ = [
     "concat_heads",
     "dequantize_fp4",
+    "dequantize_fp4_pages",
     "dequantize_groups",
     "packbits",
     "quantize_by_scale",

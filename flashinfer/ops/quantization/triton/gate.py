@@ -6,18 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from flashinfer.ops.quantization.triton import kernel as kernels
-from flashinfer.ops.quantization.triton.kernel import Groups, Scales
-from flashinfer.ops.quantization.triton.launch import BLOCK_BYTES, NUM_WARPS, TILE, block_of
-from flashinfer.testing.gate import ALL_ARCHS, GateCase
+from flashinfer.ops.quantization.triton.kernel import Groups, Scales, Tokens
+from flashinfer.ops.quantization.triton.launch import BLOCK_BYTES, NUM_WARPS, TILE, block_of, fp4_tile
+from flashinfer.testing.gate import ALL_ARCHS, FP8_ARCHS, OTHER_ARCHS, GateCase
 
-# What converts to fp8 by itself, and what does not (`Arch.converts_to_fp8`).
-NATIVE_ARCHS = ("sm90", "sm100", "sm120")
-OTHER_ARCHS = tuple(arch for arch in ALL_ARCHS if arch not in NATIVE_ARCHS)
 # name, mantissa bits, largest code, architectures, whether they convert to fp8
 CODES = (
     ("e4m3", 3, 448.0, OTHER_ARCHS, False),
-    ("e4m3.native", 3, 448.0, NATIVE_ARCHS, True),
-    ("e5m2.native", 2, 57344.0, NATIVE_ARCHS, True),
+    ("e4m3.native", 3, 448.0, FP8_ARCHS, True),
+    ("e5m2.native", 2, 57344.0, FP8_ARCHS, True),
     ("int8", 0, 127.0, ALL_ARCHS, False),
 )
 
@@ -72,10 +69,22 @@ def _dequantize() -> Iterator[GateCase]:
         yield _case(label, kernels.dequantize_fp4_kernel, arguments, constexprs, NUM_WARPS, ALL_ARCHS)
 
 
+def _pages() -> Iterator[GateCase]:
+    for head_dim, dtype in ((128, "*bf16"), (96, "*fp32")):
+        block_dim, block_tokens = fp4_tile(head_dim)
+        bytes_, out = Tokens("*u8", "i64", "i64", "i64"), Tokens(dtype, "i64", "i64", "i64")
+        arguments = {"codes": bytes_, "scales": bytes_, "out": out, "global_scale": "*fp32", "table": "*i32"}
+        arguments |= {"table_stride": "i32", "seq_lens": "*i32", "page_size": "i32", "max_tokens": "i32"}
+        constexprs = {"HEAD_DIM": head_dim, "BLOCK_DIM": block_dim, "BLOCK_TOKENS": block_tokens}
+        label = f"dequantize_fp4_pages.{head_dim}"
+        yield _case(label, kernels.dequantize_fp4_pages_kernel, arguments, constexprs, NUM_WARPS, ALL_ARCHS)
+
+
 def cases() -> Iterator[GateCase]:
     """Every kernel, in the kinds that are used."""
     yield from _quantize()
     yield from _dequantize()
+    yield from _pages()
     arguments: dict[str, Any] = {"x": "*u8", "out": "*u8", "num_bits": "i32"}
     constexprs: dict[str, Any] = {"LITTLE": False, "BLOCK": BLOCK_BYTES}
     yield _case("packbits", kernels.packbits_kernel, arguments, constexprs, NUM_WARPS, ALL_ARCHS)

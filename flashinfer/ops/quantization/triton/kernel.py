@@ -193,6 +193,59 @@ def dequantize_fp4_kernel(
     tl.store(target, value.to(out.dtype.element_ty), mask=mask_group[:, None])
 
 
+class Tokens(NamedTuple):
+    """Tokens `[outer, tokens, heads, width]`, strides in elements, the last 1; outer: pages, or requests."""
+
+    data: torch.Tensor
+    stride_outer: int
+    stride_token: int
+    stride_head: int
+
+
+@triton.jit
+def token_pointers(tokens, outer, token, head):
+    """Pointers `[n, 1]` to the first elements; 64-bit, since page times stride passes 2^31."""
+    offset = outer.to(tl.int64) * tokens.stride_outer + token.to(tl.int64) * tokens.stride_token
+    return (tokens.data + offset + head.to(tl.int64) * tokens.stride_head)[:, None]
+
+
+@triton.jit(do_not_specialize=["max_tokens"])
+def dequantize_fp4_pages_kernel(
+    codes,
+    scales,
+    out,
+    global_scale,
+    table,
+    table_stride,
+    seq_lens,
+    page_size,
+    max_tokens,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Grid: (blocks of tokens, requests, heads). codes, scales: Tokens of pages; out: Tokens of requests."""
+    HALF: tl.constexpr = BLOCK_DIM // 2
+    BLOCKS: tl.constexpr = BLOCK_DIM // 16
+    request, head = tl.program_id(1), tl.program_id(2)
+    token = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    mask = token < tl.minimum(tl.load(seq_lens + request), max_tokens)
+    entry = table + request.to(tl.int64) * table_stride + token // page_size
+    page = tl.load(entry, mask=mask, other=0)
+    offs_pair, offs_block = tl.arange(0, HALF)[None, :], tl.arange(0, BLOCKS)[None, :]
+    source = token_pointers(codes, page, token % page_size, head) + offs_pair
+    pairs = tl.load(source, mask=mask[:, None] & (offs_pair < HEAD_DIM // 2), other=0)
+    source = token_pointers(scales, page, token % page_size, head) + offs_block
+    scale = decode_fp8(tl.load(source, mask=mask[:, None] & (offs_block < HEAD_DIM // 16), other=0), 3)
+    scale *= tl.load(global_scale)
+    value = tl.join(decode_e2m1(pairs & 15), decode_e2m1(pairs >> 4))
+    value = tl.reshape(value, (BLOCK_TOKENS, BLOCKS, 16)) * scale[:, :, None]
+    offs_dim = tl.arange(0, BLOCK_DIM)[None, :]
+    target = token_pointers(out, request, token, head) + offs_dim
+    value = tl.reshape(value, (BLOCK_TOKENS, BLOCK_DIM)).to(out.data.dtype.element_ty)
+    tl.store(target, value, mask=mask[:, None] & (offs_dim < HEAD_DIM))
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def concat_heads_kernel(
     k,

@@ -8,12 +8,14 @@ import triton
 from flashinfer.core.arch import arch_of
 from flashinfer.core.check import FP8_DTYPES, FP8_MANTISSA_BITS
 from flashinfer.core.launch import Prebound, alignment, integer_classes
-from flashinfer.ops.quantization.spec import Fp4, SfLayout
+from flashinfer.ops.quantization.spec import Fp4, Fp4Pages, SfLayout
 from flashinfer.ops.quantization.triton.kernel import (
     Groups,
     Scales,
+    Tokens,
     concat_heads_kernel,
     dequantize_fp4_kernel,
+    dequantize_fp4_pages_kernel,
     dequantize_groups_kernel,
     packbits_kernel,
     quantize_by_scale_kernel,
@@ -32,6 +34,7 @@ _launch_quantize_groups = Prebound(quantize_groups_kernel)
 _launch_quantize_by_scale = Prebound(quantize_by_scale_kernel)
 _launch_dequantize_groups = Prebound(dequantize_groups_kernel)
 _launch_dequantize_fp4 = Prebound(dequantize_fp4_kernel)
+_launch_dequantize_fp4_pages = Prebound(dequantize_fp4_pages_kernel)
 _launch_concat = Prebound(concat_heads_kernel)
 
 
@@ -174,6 +177,47 @@ def dequantize_fp4(
             block_groups,
         ),
         x.device,
+        num_warps=NUM_WARPS,
+    )
+
+
+def fp4_tile(head_dim: int) -> tuple[int, int]:
+    """(head_dim rounded up, tokens of a program)."""
+    block_dim = triton.next_power_of_2(head_dim)
+    return block_dim, max(1, TILE // block_dim)
+
+
+def dequantize_fp4_pages(out: torch.Tensor, cache: Fp4Pages, table: torch.Tensor, seq_lens: torch.Tensor) -> None:
+    """The tokens of each request."""
+    codes, scales, global_scale = cache
+    scales = scales.view(torch.uint8)
+    batch_size, max_tokens, num_heads, head_dim = out.shape
+    block_dim, block_tokens = fp4_tile(head_dim)
+    strides = (codes.stride()[:3], scales.stride()[:3], out.stride()[:3])
+    table = table.contiguous()
+    sizes = (*sum(strides, ()), table.shape[1], codes.shape[1])
+    _launch_dequantize_fp4_pages(
+        (-(-max_tokens // block_tokens), batch_size, num_heads),
+        (
+            head_dim,
+            out.dtype,
+            table.dtype,
+            integer_classes(sizes),
+            alignment(codes, scales, out, global_scale, table, seq_lens),
+        ),
+        (
+            *(Tokens(x, *stride) for x, stride in zip((codes, scales, out), strides, strict=True)),
+            global_scale,
+            table,
+            table.shape[1],
+            seq_lens,
+            codes.shape[1],
+            max_tokens,
+            head_dim,
+            block_dim,
+            block_tokens,
+        ),
+        out.device,
         num_warps=NUM_WARPS,
     )
 

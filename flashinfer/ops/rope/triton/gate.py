@@ -12,14 +12,10 @@ from flashinfer.core.arch import Arch
 from flashinfer.ops.rope.spec import RopeSpec
 from flashinfer.ops.rope.triton.kernel import AllStrides, AngleView, Data, Factors, Strides, Table, rope_kernel
 from flashinfer.ops.rope.triton.launch import NUM_WARPS, configure
-from flashinfer.testing.gate import ALL_ARCHS, GateCase
+from flashinfer.testing.gate import ALL_ARCHS, FP8_ARCHS, OTHER_ARCHS, SPELLED, GateCase
 
-TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 TABLE_STRIDE = (2, 1)  # the argument `angle`
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-# What converts to fp8 by itself, and what does not (`Arch.converts_to_fp8`).
-NATIVE_ARCHS = ("sm90", "sm100", "sm120")
-OTHER_ARCHS = tuple(arch for arch in ALL_ARCHS if arch not in NATIVE_ARCHS)
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ PROBLEMS = (
 
 def _types(problem: Problem) -> dict[str, Any]:
     spec = problem.spec
-    source, target = TYPES[spec.dtype], TYPES.get(spec.out_dtype, "u8")
+    source, target = SPELLED[spec.dtype], SPELLED[spec.out_dtype]
     strides = Strides(*["i64"] * 5)
     present = (True, True, bool(spec.q_rest), bool(spec.k_rest), bool(spec.v_dim))
     pointers = [x if here else "constexpr" for here in present for x in (f"*{source}", f"*{target}")]
@@ -104,10 +100,10 @@ def cases() -> Iterator[GateCase]:
     for problem in PROBLEMS:
         types = _types(problem)
         fp8 = problem.out_dtype is not None
-        for archs in (NATIVE_ARCHS, OTHER_ARCHS) if fp8 else (ALL_ARCHS,):
-            example = Arch("sm90" if archs is NATIVE_ARCHS else "sm80", 132, 0)
+        for archs in (FP8_ARCHS, OTHER_ARCHS) if fp8 else (ALL_ARCHS,):
+            example = Arch("sm90" if archs is FP8_ARCHS else "sm80", 132, 0)
             cfg, _ = configure(problem.spec, example)
-            suffix = ".native" if archs is NATIVE_ARCHS else ""
+            suffix = ".native" if archs is FP8_ARCHS else ""
             yield GateCase(
                 name=f"rope_{problem.name}{suffix}",
                 kernel=rope_kernel,

@@ -1,0 +1,206 @@
+"""Repeated eager calls: the launch of a repetition is that of the call with checks, for every public function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+
+import flashinfer
+from flashinfer import activation, concat_ops, norm, page, quantization, rope
+from flashinfer.core import replay
+from tests.ops.common import force
+
+OPS = ("norm", "activation", "rope", "page", "quantization")
+F16, FP8 = torch.float16, torch.float8_e4m3fn
+Problem = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def randn(*shape: int, dtype: torch.dtype = F16, device: str = "cpu") -> torch.Tensor:
+    return torch.randn(shape, device=device).to(dtype)
+
+
+def problems(device: str) -> dict[str, Problem]:
+    """Fresh arguments of each function."""
+
+    def half(*shape: int) -> torch.Tensor:
+        return randn(*shape, device=device)
+
+    def fp8(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.uint8, device=device).view(FP8)
+
+    x, weight, scale = half(5, 64), half(64), torch.rand(1, device=device) + 0.5
+    q, k, positions = half(5, 4, 16), half(5, 2, 16), torch.randint(9, (5,), device=device)
+    table = torch.randn(9, 8, device=device)
+    indptr = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
+    caches = (half(4, 2, 2, 16), half(4, 2, 2, 16))
+    rows = (half(5, 2, 16), half(5, 2, 16))
+    where = [torch.tensor(a, dtype=torch.int32, device=device) for a in ([0, 0, 1, 1, 1], [0, 1, 0, 1, 2])]
+    pages = [torch.tensor(a, dtype=torch.int32, device=device) for a in ([3, 0, 2], [0, 1, 3], [2, 1])]
+    slots = torch.tensor([3, -1, 0, 6, 7], device=device)
+    scales = (torch.rand(2, device=device) + 0.5, torch.rand(2, device=device) + 0.5)
+    return {
+        "rmsnorm": (norm.rmsnorm, (x, weight)),
+        "rmsnorm_out": (norm.rmsnorm, (x, weight, 1e-5, half(5, 64))),
+        "rmsnorm_in_place": (norm.rmsnorm, (x, weight, 1e-5, x)),
+        "gemma_rmsnorm": (norm.gemma_rmsnorm, (half(2, 3, 8), half(8))),
+        "fused_add_rmsnorm": (norm.fused_add_rmsnorm, (x, half(5, 64), weight)),
+        "rmsnorm_quant": (norm.rmsnorm_quant, (fp8(5, 64), x, weight, scale)),
+        "fused_add_rmsnorm_quant": (norm.fused_add_rmsnorm_quant, (fp8(5, 64), x, half(5, 64), weight, scale)),
+        "layernorm": (norm.layernorm, (x, weight.float(), half(64).float())),
+        "layernorm_quant": (norm.layernorm_quant, (fp8(5, 64), x, weight.float(), half(64).float(), scale)),
+        "silu_and_mul": (activation.silu_and_mul, (x,)),
+        "silu_and_mul_out": (activation.silu_and_mul, (x, half(5, 32))),
+        "silu_and_mul_quant": (activation.silu_and_mul_quant, (fp8(5, 32), x, scale)),
+        "rope": (rope.apply_rope, (q, k, indptr, indptr[:2].clone())),
+        "rope_partial": (rope.apply_rope_inplace, (q, k, indptr, indptr[:2].clone(), 8)),
+        "rope_pos_ids_inplace": (rope.apply_rope_pos_ids_inplace, (q, k, positions)),
+        "rope_pos_ids_partial": (rope.apply_rope_pos_ids, (q, k, positions, 8)),
+        "llama31": (rope.apply_llama31_rope_pos_ids_inplace, (q, k, positions)),
+        "rope_cached_inplace": (
+            rope.apply_rope_with_cos_sin_cache_inplace,
+            (positions, q.view(5, -1), k.view(5, -1), 16, table),
+        ),
+        "rope_cached": (rope.apply_rope_with_cos_sin_cache, (positions, q.view(5, -1), k.view(5, -1), 16, table)),
+        "qk_rmsnorm_rope": (rope.qk_rmsnorm_rope_inplace, (q, k, half(16), half(16), positions, table)),
+        "append": (page.append_paged_kv_cache, (*rows, *where, caches, *pages)),
+        "append_joined": (page.append_paged_kv_cache, (*rows, *where, half(4, 2, 2, 2, 16), *pages)),
+        "append_mla": (
+            page.append_paged_mla_kv_cache,
+            (half(5, 32), half(5, 8), *where, half(4, 2, 32), half(4, 2, 8), *pages),
+        ),
+        "append_slots": (page.append_paged_kv_cache_with_slot_mapping, (*rows, slots, caches)),
+        "append_slots_scaled": (page.append_paged_kv_cache_with_slot_mapping, (*rows, slots, caches, *scales)),
+        "append_quantized": (
+            page.quantize_append_paged_kv_cache,
+            (*rows, *where, (fp8(4, 2, 2, 16), fp8(4, 2, 2, 16)), *pages, 2.0, 3.0),
+        ),
+        "group_quant": (quantization.per_token_group_quant_8bit, (x, 16)),
+        "tensor_quant": (quantization.per_tensor_quant_8bit, (x, scale)),
+        "concat_mla_k": (concat_ops.concat_mla_k, (half(5, 4, 24), half(5, 4, 16), half(5, 1, 8))),
+    }
+
+
+NAMES = tuple(problems("cpu"))
+
+
+class Compiled:
+    """Stands for a compiled kernel, whose launches are noted in `log`."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
+        return lambda *arguments: self.log.append(("again", grid, arguments))
+
+
+def as_addresses(x: Any) -> Any:
+    """What a launch is given, with addresses for tensors."""
+    if isinstance(x, torch.Tensor):
+        return x.data_ptr()
+    return tuple(map(as_addresses, x)) if isinstance(x, tuple) else x
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """The Triton implementations on tensors that look like those of a GPU, launching nothing."""
+    pytest.importorskip("triton")
+    from flashinfer.core import launch
+
+    for op in OPS:
+        force(monkeypatch, op, "triton")
+    found = Compiled()
+
+    def call(self: Any, grid: Any, key: Any, arguments: tuple[Any, ...], device: Any, **options: Any) -> None:
+        found.log.append(("first", grid, as_addresses(arguments)))
+        if replay.recording.tensors is not None:
+            replay.recording.launches.append(launch.again(found, grid, arguments, 0, False))
+
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0, raising=False)
+    monkeypatch.setattr(launch.Prebound, "__call__", call)
+    return found
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_repetition_launches_what_a_call_with_checks_would(name: str, compiled: Compiled) -> None:
+    function, arguments = problems("cpu")[name]
+    function(*arguments)
+    function, arguments = problems("cpu")[name]
+    made = function(*arguments)
+    (_, *_), (kind, grid, repeated) = compiled.log
+    assert kind == "again"
+    replay.forget()
+    made_with_checks = function(*arguments)
+    kind, other_grid, checked = compiled.log[-1]
+    assert kind == "first" and grid == other_grid
+    assert located(repeated, (arguments, made)) == located(checked, (arguments, made_with_checks))
+
+
+def flat(x: Any) -> list[torch.Tensor]:
+    if isinstance(x, torch.Tensor):
+        return [x]
+    return [t for part in x for t in flat(part)] if isinstance(x, tuple) else []
+
+
+def located(values: Any, tensors: Any) -> Any:
+    """`values` with addresses inside of the storage of a tensor told as (which tensor, offset in bytes)."""
+    if isinstance(values, tuple):
+        return tuple(located(value, tensors) for value in values)
+    for i, storage in enumerate(x.untyped_storage() for x in flat(tensors)):
+        if type(values) is int and storage.data_ptr() <= values < storage.data_ptr() + storage.nbytes():
+            return i, values - storage.data_ptr()
+    return values
+
+
+# ---- on a GPU: results
+
+
+def clones(x: Any) -> Any:
+    """Copies of tensors, one for one: what was the same tensor stays so."""
+    known: dict[int, torch.Tensor] = {}
+
+    def copy(x: Any) -> Any:
+        if isinstance(x, torch.Tensor):
+            return known.setdefault(id(x), x.clone())
+        return tuple(map(copy, x)) if isinstance(x, tuple) else x
+
+    return copy(x)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", NAMES)
+def test_repetitions_give_the_same_bits(name: str) -> None:
+    replay.forget()
+    function, arguments = problems("cuda")[name]
+    function(*arguments)
+    _, arguments = problems("cuda")[name]
+    other = clones(arguments)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        repeated = function(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    replay.forget()
+    checked = function(*other)
+    for ours, theirs in zip(flat((repeated, *arguments)), flat((checked, *other)), strict=True):
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8))
+
+
+@pytest.mark.gpu
+def test_checks_are_made_after_repetitions() -> None:
+    x, weight, out = (torch.randn(*shape, device="cuda") for shape in ((4, 64), (64,), (4, 64)))
+    for _ in range(3):
+        flashinfer.rmsnorm(x, weight, out=out)
+    for wrong in (out.half(), out[:3], out.cpu(), torch.randn(64, 4, device="cuda").t()):
+        with pytest.raises(ValueError, match="out"):
+            flashinfer.rmsnorm(x, weight, out=wrong)
+    flashinfer.rmsnorm(x, weight, out=out)
+
+
+def test_modules_have_their_choice() -> None:
+    for op in OPS:
+        assert import_module(f"flashinfer.ops.{op}").CHOICE.auto == "auto"
