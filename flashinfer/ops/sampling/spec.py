@@ -13,10 +13,11 @@ Seed = int | torch.Tensor
 
 @dataclass(frozen=True)
 class RowSpec:
-    """Work on rows of `vocab_size` numbers of `dtype`, one for each token."""
+    """Work on rows of `vocab_size` numbers of `dtype`, one for each token; k: how many are selected, 0 if none are."""
 
     vocab_size: int
     dtype: torch.dtype
+    k: int = 0
 
 
 class Filters(NamedTuple):

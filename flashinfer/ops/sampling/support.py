@@ -8,6 +8,8 @@ from flashinfer.ops.sampling.spec import RowSpec
 
 # A program holds two numbers for each group of at most 1024 tokens, 8192 groups of them.
 MAX_VOCAB = 1 << 23
+# A program holds the candidates, about one and a half times k, in its registers.
+MAX_SELECTED = 4096
 
 
 def torch_supports(spec: RowSpec, arch: Arch) -> str | None:
@@ -22,4 +24,6 @@ def triton_supports(spec: RowSpec, arch: Arch) -> str | None:
         return missing
     if spec.vocab_size > MAX_VOCAB:
         return f"one program holds the statistics of at most {MAX_VOCAB} tokens"
+    if spec.k > MAX_SELECTED:
+        return f"one program selects at most {MAX_SELECTED} numbers"
     return None

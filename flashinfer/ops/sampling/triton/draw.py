@@ -104,7 +104,7 @@ def draw_kernel(
     weight, shift = group_weights(group_max, group_sum, entry.to(tl.int64) * cut.groups + offs_group, mask, LOGITS)
     total = tl.sum(weight, 0)
     draw = tl.full([1], 0, tl.int32)
-    a, b, c, _ = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
+    a, b, c, _d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
     group = pick(weight, offs_group, tl.sum(uniform_wide(a, b), 0))
     offs = group_offsets(group + draw, cut)
     v = read_residual(x, residual, entry, offs, vocab, LOGITS)

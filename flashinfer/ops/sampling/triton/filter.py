@@ -54,8 +54,8 @@ def gather(x, vocab, shift, group_key, low, high, slots, LOGITS: tl.constexpr, c
         count = num_selected
     else:
         offs_group = tl.arange(0, cut.groups)
-        position = tl.cumsum(selected.to(tl.int32), 0) - 1
-        tl.store(slots[0] + position, offs_group, mask=selected)
+        place = tl.cumsum(selected.to(tl.int32), 0) - 1
+        tl.store(slots[0] + place, offs_group, mask=selected)
         tl.debug_barrier()
         for begin in range(0, num_selected, cut.batch):
             listed = begin + tl.arange(0, cut.batch)
@@ -176,10 +176,10 @@ def hold_nucleus(x, vocab, shift, group_key, num_groups, limit, lowest, slots, L
     if vocab > cut.candidates:
         head = tl.minimum(tl.full((), HEAD_GROUPS, tl.int32), num_groups)
         low = tl.maximum(kth_largest_key(group_key, head, bottom, top), lowest)
-    count, _, _ = gather(x, vocab, shift, group_key, low, top, slots, LOGITS, cut)
+    count, _above, _mass = gather(x, vocab, shift, group_key, low, top, slots, LOGITS, cut)
     held = tl.full((), -1, tl.int32)
     if count <= cut.candidates:
-        _, share = candidates(slots, count, shift, LOGITS, cut)
+        _keys, share = candidates(slots, count, shift, LOGITS, cut)
         if (tl.sum(share, 0) >= limit) | (low == lowest):
             held = count
     return held, low
@@ -195,7 +195,7 @@ def draw_candidate(slots, key, weight, limit, random, sample, cut: tl.constexpr)
     rounds = tl.full((), 0, tl.int32)
     while searching != 0:
         draw = tl.full([1], CANDIDATE_DRAW, tl.int32) + rounds
-        a, _, _, _ = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
+        a, _b, _c, _d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
         at = pick(weight, offs, tl.sum(uniform_narrow(a), 0))
         drawn = tl.max(tl.where(offs == at, key, NO_KEY), 0)
         heavier = tl.where(key > drawn, weight, 0.0)
@@ -217,7 +217,7 @@ def draw_pivots(x, vocab, weight, offs_group, random, sample, LOGITS: tl.constex
     """Four independent draws from the unfiltered row: (tokens, their numbers), `[NUM_PIVOTS]`."""
     keys, seed_low, seed_high, offset_low, offset_high = random
     draw = tl.arange(0, NUM_PIVOTS)
-    a, b, c, _ = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
+    a, b, c, _d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
     wide = uniform_wide(a, b)
     running = tl.cumsum(weight, 0)
     total = tl.sum(weight, 0)
@@ -324,7 +324,7 @@ def filter_kernel(
         elif not unlimited:
             if k >= vocab:
                 limit = (p * total).to(tl.float32)
-                held, _ = hold_nucleus(x, vocab, shift, group_key, num_groups, limit, lowest, slots, LOGITS, cut)
+                held, _low = hold_nucleus(x, vocab, shift, group_key, num_groups, limit, lowest, slots, LOGITS, cut)
         if KIND == "k" or KIND == "kp" or KIND == "joint":
             if k < vocab:
                 floor, share, held = keep_top_k(x, vocab, shift, group_key, k, lowest, slots, LOGITS, cut, SCAN)
@@ -336,6 +336,8 @@ def filter_kernel(
         key, share = candidates(slots, held, shift, LOGITS, cut)
         token = draw_candidate(slots, key, tl.where(key >= floor, share, 0.0), limit, random, sample, cut)
     elif usable:
+        # Read again rather than held in registers all the while.
+        weight, shift = group_weights(group_max, group_sum, offs_stats, mask, LOGITS)
         pivot_tokens, pivots = draw_pivots(x, vocab, weight, offs_group, random, sample, LOGITS, cut)
         order = tl.arange(0, NUM_PIVOTS)
         passing = tl.where(limit == float("inf"), sort_key(pivots), NO_KEY) >= floor

@@ -18,7 +18,7 @@ from flashinfer.ops.sampling.triton.rows import STATS_WARPS, Cut, Keys, Residual
 from flashinfer.ops.sampling.triton.softmax import softmax_rows_kernel, softmax_state_kernel, softmax_write_kernel
 from flashinfer.ops.sampling.triton.threshold import apply_kernel, narrow_kernel, settle_kernel, threshold_kernel
 
-SCAN = 4096
+SCAN = 2048
 NARROW_SCAN = 2048
 # Each step leaves a ninth of the interval, of some 27 bits at the start.
 NARROW_STEPS = 5

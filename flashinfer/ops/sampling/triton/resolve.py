@@ -52,7 +52,7 @@ def draw_by_scans(x, vocab, shift, peak, low, limit, random, sample, LOGITS: tl.
     rounds = tl.full((), 0, tl.int32)
     while searching != 0:
         draw = tl.full([1], OPEN_DRAW, tl.int32) + rounds
-        a, b, _, _ = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
+        a, b, _c, _d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
         u = tl.sum(uniform_narrow(a), 0)
         v = tl.sum(uniform_narrow(b), 0)
         token, key = draw_above(x, vocab, shift, low, total, u, v, LOGITS, SCAN)

@@ -66,7 +66,7 @@ def cut_of(vocab_size: int, itemsize: int, candidates: int = 2048, group: int = 
     groups = triton.next_power_of_2(triton.cdiv(vocab_size, depth * cols) * (cols // width))
     held = min(candidates, triton.next_power_of_2(vocab_size))
     num_warps = 4 if max(groups, held) <= 1024 else 8 if groups <= 4096 else 16
-    return Cut(depth, cols, width, groups, held, min(groups, max(1, 4096 // group)), num_warps)
+    return Cut(depth, cols, width, groups, held, min(groups, max(1, 2048 // group)), num_warps)
 
 
 class Keys(NamedTuple):
@@ -98,12 +98,6 @@ def sort_key(x):
     x = tl.where(x == 0, 0.0, x)
     bits = x.to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def key_value(key):
-    """The fp32 number of a key."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

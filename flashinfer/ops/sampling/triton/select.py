@@ -133,7 +133,7 @@ def select_kernel(
             scratch[1] + row * cut.candidates,
             scratch[2] + row * cut.candidates,
         )
-        count, _, _ = gather(x, length, 0.0, group_key, low, top, slots, True, cut)
+        count, _above, _mass = gather(x, length, 0.0, group_key, low, top, slots, True, cut)
         if count <= cut.candidates:
             offs = tl.arange(0, cut.candidates)
             v = tl.load(slots[1] + offs, mask=offs < count, other=NEG_INF)
@@ -157,7 +157,7 @@ def select_kernel(
             tl.store(out_indices + position, index.to(out_indices.dtype.element_ty), mask=keep)
         else:
             peak = tl.max(group_key, 0) + 1
-            floor, _ = scan_for_kth(x, length, 0.0, k, low, peak, True, SCAN)
+            floor, _weight = scan_for_kth(x, length, 0.0, k, low, peak, True, SCAN)
             larger = tl.zeros([SCAN], tl.int32)
             equal = tl.full((), TOP_KEY, tl.int32)
             for begin in range(0, length, SCAN):

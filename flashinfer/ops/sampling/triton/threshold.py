@@ -81,13 +81,13 @@ def threshold_kernel(
     if TOP_K:
         k = tl.maximum(tl.cast(tl.minimum(value, vocab), tl.int32), 1)
         if not LOGITS:
-            weight, _ = group_weights(group_max, group_sum, row * cut.groups + offs_group, mask, LOGITS)
+            weight, _shift = group_weights(group_max, group_sum, row * cut.groups + offs_group, mask, LOGITS)
             kept = tl.sum(weight, 0).to(tl.float32)
         if (k < vocab) & (peak >= lowest):
-            floor, kept, _ = keep_top_k(x, vocab, shift, group_key, k, lowest, slots, LOGITS, cut, SCAN)
+            floor, kept, _held = keep_top_k(x, vocab, shift, group_key, k, lowest, slots, LOGITS, cut, SCAN)
     else:
         p = tl.cast(value, tl.float32)
-        weight, _ = group_weights(group_max, group_sum, row * cut.groups + offs_group, mask, LOGITS)
+        weight, _shift = group_weights(group_max, group_sum, row * cut.groups + offs_group, mask, LOGITS)
         total = tl.sum(weight, 0)
         kept = total.to(tl.float32)
         limit = (p * total).to(tl.float32)

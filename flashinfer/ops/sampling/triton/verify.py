@@ -16,7 +16,7 @@ def coin(random, sample, i):
     """fp32 in [0, 1): the i-th of a request."""
     keys, seed_low, seed_high, offset_low, offset_high = random
     draw = tl.full([1], ACCEPT_DRAW, tl.int32) + i
-    a, _, _, _ = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
+    a, _b, _c, _d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
     return tl.sum(uniform_narrow(a), 0)
 
 
@@ -39,8 +39,8 @@ def chain_kernel(
 ):
     """Grid: requests. Accept draft tokens one after the other, each with probability min(1, target / draft).
 
-    tokens: `[batch, num_drafts + 1]`, gets the accepted ones, -1 after them. counts: (accepted if each were judged for
-    itself, accepted in a row) int32, added to. rows, minus_rows: of target_probs and draft_probs for the next token.
+    tokens: `[batch, num_drafts + 1]`, gets the accepted ones, -1 after them. counts: int32 (accepted if each were judged
+    for itself, accepted in a row). rows, minus_rows: of target_probs and draft_probs for the next token.
     """
     request = tl.program_id(0)
     wide = request.to(tl.int64)
@@ -59,9 +59,8 @@ def chain_kernel(
         if i < emitted:
             token = tl.load(draft_tokens + wide * num_drafts + i).to(tl.int64)
         tl.store(tokens + wide * (num_drafts + 1) + i, token.to(tokens.dtype.element_ty))
-    tl.store(counts[0] + request, tl.load(counts[0] + request) + accepted)
-    tl.store(counts[1] + request, tl.load(counts[1] + request) + emitted)
-    tl.store(counts[2] + request, emitted)
+    tl.store(counts[0] + request, accepted)
+    tl.store(counts[1] + request, emitted)
     tl.store(rows + request, request * (num_drafts + 1) + emitted)
     tl.store(minus_rows + request, tl.where(emitted < num_drafts, request * num_drafts + emitted, -1))
 
