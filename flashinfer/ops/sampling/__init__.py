@@ -1,4 +1,4 @@
-"""Sampling of tokens from logits and probabilities, filters on them, the largest numbers of rows, draft verification."""
+"""Sampling of tokens from logits and probabilities, filters, the largest numbers of rows, verification of drafts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from flashinfer.core.arch import arch_of
 from flashinfer.core.select import Impl
 from flashinfer.core.select import select as select_impl
-from flashinfer.ops.sampling.spec import Draws, Filters, Parameter, RowSpec, Selection, Tree
+from flashinfer.ops.sampling.elementwise import plus_offsets, scale_logits, through_page_table
+from flashinfer.ops.sampling.spec import Draws, Filters, PageTable, Parameter, RowSpec, Seed, Selection, Tree
 from flashinfer.ops.sampling.support import torch_supports, triton_supports
 
 IMPLS = (
@@ -49,7 +50,7 @@ def sample(
 
 
 def renormalise(probs: torch.Tensor, filters: Filters, backend: str = "auto") -> torch.Tensor:
-    """probs that pass top_k or top_p (one of them) divided by their sum, 0 elsewhere; a row of zeros stays one."""
+    """probs that pass top_k, top_p or min_p (one of them) over their sum, 0 elsewhere; zeros stay zeros."""
     if probs.shape[0] == 0:
         return torch.empty_like(probs)
     result: torch.Tensor = _impl(probs, backend).renormalise(_unit_stride(probs), filters)
@@ -74,7 +75,11 @@ def select(x: torch.Tensor, selection: Selection, backend: str = "auto") -> tupl
 
 
 def verify_chain(
-    draft_probs: torch.Tensor, draft_tokens: torch.Tensor, target_probs: torch.Tensor, draws: Draws, backend: str = "auto"
+    draft_probs: torch.Tensor,
+    draft_tokens: torch.Tensor,
+    target_probs: torch.Tensor,
+    draws: Draws,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Accept drafts one after the other with probability min(1, target / draft), then draw one token more.
 
@@ -106,13 +111,19 @@ __all__ = [
     "IMPLS",
     "Draws",
     "Filters",
+    "PageTable",
+    "Parameter",
+    "Seed",
     "Selection",
     "Tree",
     "mask_logits",
+    "plus_offsets",
     "renormalise",
     "sample",
+    "scale_logits",
     "select",
     "softmax",
+    "through_page_table",
     "verify_chain",
     "verify_tree",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from flashinfer.ops.sampling.elementwise import scale_logits
 from flashinfer.ops.sampling.spec import Draws, Filters, Parameter, Seed, Selection, Tree
 
 WEIGHT_BITS = 60
@@ -22,9 +23,7 @@ def _column(value: Parameter) -> Parameter:
 
 def softmax(logits: torch.Tensor, temperature: Parameter) -> torch.Tensor:
     """fp32 `softmax(logits / temperature)`; temperature 0 is its limit: the largest logits share all of it."""
-    x = logits.float()
-    x = x - x.amax(dim=-1, keepdim=True)
-    return torch.softmax(torch.where(x == 0, x, x / _column(temperature)), dim=-1)
+    return torch.softmax(scale_logits(logits, temperature), dim=-1)
 
 
 def _weights(probs: torch.Tensor) -> torch.Tensor:

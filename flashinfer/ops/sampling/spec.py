@@ -70,3 +70,15 @@ class Selection(NamedTuple):
     sorted: bool = False
     starts: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
+
+
+class PageTable(NamedTuple):
+    """Where tokens lie: `pages` int32 `[batch_size, entries]`, page_size in tokens.
+
+    rows: the request of each row of scores, `[rows]`; None: its number. starts: first entry of each row; None: 0.
+    """
+
+    pages: torch.Tensor
+    rows: torch.Tensor | None
+    starts: torch.Tensor | None
+    page_size: int

@@ -101,7 +101,7 @@ def draw_kernel(
     x += row.to(tl.int64) * stride
     offs_group = tl.arange(0, cut.groups)
     mask = offs_group < num_groups
-    weight, shift = group_weights(group_max, group_sum, entry.to(tl.int64) * cut.groups + offs_group, mask, LOGITS)
+    weight, _shift = group_weights(group_max, group_sum, entry.to(tl.int64) * cut.groups + offs_group, mask, LOGITS)
     total = tl.sum(weight, 0)
     draw = tl.full([1], 0, tl.int32)
     a, b, c, _d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)

@@ -134,7 +134,9 @@ def bracket_of_kth(group_key, k, vocab, lowest, cut: tl.constexpr):
 
 
 @triton.jit
-def keep_top_k(x, vocab, shift, group_key, k, lowest, slots, LOGITS: tl.constexpr, cut: tl.constexpr, SCAN: tl.constexpr):
+def keep_top_k(
+    x, vocab, shift, group_key, k, lowest, slots, LOGITS: tl.constexpr, cut: tl.constexpr, SCAN: tl.constexpr
+):
     """(floor: the key from which on tokens are kept; their weight; how many of the candidates are kept or more).
 
     The last is -1 unless all kept tokens are candidates. Tokens that equal the last one kept are kept.
@@ -316,7 +318,7 @@ def filter_kernel(
             threshold = peak + tl.log2(p) / LOG2E if LOGITS else peak * p
             floor = tl.maximum(sort_key(threshold), lowest)
             if p > 0:
-                count, above, mass = gather(
+                count, _above, _mass = gather(
                     x, vocab, shift, group_key, floor, tl.full((), TOP_KEY, tl.int32), slots, LOGITS, cut
                 )
                 if count <= cut.candidates:

@@ -1,4 +1,4 @@
-"""What the offline compile gate compiles of this folder: the launches of each call, recorded on tensors without data."""
+"""What the offline compile gate compiles of this folder: the launches of each call, recorded on empty tensors."""
 
 from __future__ import annotations
 
@@ -36,9 +36,7 @@ def record(call: Callable[[], object]) -> list[Launched]:
     seen: list[Launched] = []
     original = Prebound.__call__
 
-    def note(
-        self: Prebound, grid: object, key: object, args: tuple[Any, ...], device: object, **options: Any
-    ) -> None:
+    def note(self: Prebound, grid: object, key: object, args: tuple[Any, ...], device: object, **options: Any) -> None:
         seen.append(Launched(self.kernel, args, options))
 
     Prebound.__call__ = note  # type: ignore[assignment]

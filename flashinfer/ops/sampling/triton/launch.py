@@ -268,23 +268,25 @@ def _apply_thresholds(x: torch.Tensor, found: Thresholds, logits: bool) -> torch
     return out
 
 
-def _thresholds(x: torch.Tensor, parameter: Parameter, top_k: bool, logits: bool) -> Thresholds:
+def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool) -> Thresholds:
+    """kind: "k", "p" or "min_p", which `parameter` is."""
+    top_k = kind == "k"
     num_rows, vocab_size = x.shape
     cut = cut_of(vocab_size, x.element_size())
     stats = group_stats(x, cut, logits, (True, not logits))
     found = Thresholds(x.new_empty(num_rows, dtype=torch.int32), x.new_empty(num_rows, dtype=torch.float32))
     scratch = _scratch(x, cut, num_rows)
     search = None
-    if not top_k:
+    if kind == "p":
         search = (x.new_empty((num_rows, 4), dtype=torch.int32), x.new_empty(num_rows, dtype=torch.float32))
     pointer, value = pointer_and_value(parameter, vocab_size if top_k else 1.0, vocab_size if top_k else None)
     key = (x.dtype, x.stride(0), vocab_size, logits, cut, alignment(x))
     _threshold(
         (num_rows, 1, 1),
-        (key, top_k, _kinds(pointer), alignment(pointer)),  # type: ignore
+        (key, kind, _kinds(pointer), alignment(pointer)),  # type: ignore
         (
             *(x, stats.group_max, stats.group_sum, pointer, value, scratch, *found, search),
-            *(x.stride(0), vocab_size, stats.num_groups, top_k, logits, cut, SCAN),
+            *(x.stride(0), vocab_size, stats.num_groups, kind, logits, cut, SCAN),
         ),
         x.device,
         num_warps=cut.num_warps,
@@ -306,13 +308,13 @@ def _thresholds(x: torch.Tensor, parameter: Parameter, top_k: bool, logits: bool
 
 
 def renormalise(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
-    """probs that pass top_k or top_p divided by their sum, 0 elsewhere; in probs' dtype."""
-    top_k = filters.top_k is not None
-    parameter = filters.top_k if top_k else filters.top_p
+    """probs that pass the one filter divided by their sum, 0 elsewhere; in probs' dtype."""
+    kind = _kind_of(filters)
+    parameter = {"k": filters.top_k, "p": filters.top_p, "min_p": filters.min_p}[kind]
     assert parameter is not None
-    return _apply_thresholds(probs, _thresholds(probs, parameter, top_k, logits=False), logits=False)
+    return _apply_thresholds(probs, _thresholds(probs, kind, parameter, logits=False), logits=False)
 
 
 def mask_logits(logits: torch.Tensor, top_k: Parameter) -> torch.Tensor:
     """logits that are among the top_k largest, -inf elsewhere."""
-    return _apply_thresholds(logits, _thresholds(logits, top_k, top_k=True, logits=True), logits=True)
+    return _apply_thresholds(logits, _thresholds(logits, "k", top_k, logits=True), logits=True)

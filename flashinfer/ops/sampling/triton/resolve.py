@@ -83,9 +83,7 @@ def pivot_masses(x, vocab, shift, pivots, split, tiles_per_split, LOGITS: tl.con
     return tl.sum(heavier, 1)
 
 
-@triton.jit(
-    do_not_specialize=["seed_low", "seed_high", "offset_low", "offset_high", "num_splits", "tiles_per_split"]
-)
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "offset_low", "offset_high", "num_splits", "tiles_per_split"])
 def resolve_kernel(
     x,
     rows,

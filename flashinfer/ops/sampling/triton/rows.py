@@ -118,7 +118,8 @@ def read_residual(x, residual, entry, offs, vocab, LOGITS: tl.constexpr):
         if residual.minus is not None:
             row = tl.load(residual.minus_rows + entry).to(tl.int64)
             other = residual.minus + tl.maximum(row, 0) * residual.minus_stride
-            v -= tl.load(other + offs, mask=(offs < vocab) & (row >= 0), other=0.0).to(tl.float32)
+            end = tl.where(row >= 0, vocab, 0)
+            v -= tl.load(other + offs, mask=offs < end, other=0.0).to(tl.float32)
             v = tl.where(v > 0, v, 0.0)
         if residual.excluded is not None:
             for i in range(tl.load(residual.num_excluded + entry)):

@@ -23,7 +23,7 @@ def scale_of(temperature, value, row):
     """What logits are multiplied with before the power of two."""
     if temperature is not None:
         value = tl.load(temperature + row).to(tl.float32)
-    return LOG2E / value
+    return LOG2E / tl.cast(value, tl.float32)
 
 
 @triton.jit
@@ -70,9 +70,7 @@ def softmax_rows_kernel(x, out, temperature, value, stride, vocab, TILE: tl.cons
 
 
 @triton.jit(do_not_specialize=["value", "num_splits", "tiles_per_split"])
-def softmax_state_kernel(
-    x, state, temperature, value, stride, vocab, num_splits, tiles_per_split, TILE: tl.constexpr
-):
+def softmax_state_kernel(x, state, temperature, value, stride, vocab, num_splits, tiles_per_split, TILE: tl.constexpr):
     """Grid: rows * num_splits. state: fp32 `[rows, num_splits, 2]`."""
     row = (tl.program_id(0) // num_splits).to(tl.int64)
     first = (tl.program_id(0) % num_splits) * tiles_per_split

@@ -23,7 +23,7 @@ NUM_PROBES = tl.constexpr(8)
 
 @triton.jit
 def nucleus_floor(key, weight, limit, low, high):
-    """The smallest t in (low, high] such that less than `limit` weighs more, which holds at `high`: at most 33 rounds."""
+    """The smallest t in (low, high] such that less than `limit` weighs more, which holds at `high`: 33 rounds."""
     low = low.to(tl.int64)
     high = high.to(tl.int64)
     while high - low > 1:
@@ -49,15 +49,16 @@ def threshold_kernel(
     stride,
     vocab,
     num_groups,
-    TOP_K: tl.constexpr,
+    KIND: tl.constexpr,
     LOGITS: tl.constexpr,
     cut: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     """Grid: rows. The key from which on tokens are kept, and what they weigh; or the beginning of a search for it.
 
-    parameter: top_k or top_p `[rows]`, or None for the value. group_sum: None for top_k of logits (nothing is weighed).
-    search: for top_p, int32 `[rows, 4]`: (low, high, programs arrived, whether open) and fp32 limits `[rows]`.
+    KIND: "k", "p" or "min_p"; parameter: that number `[rows]`, or None for the value. group_sum: None for top_k of
+    logits (nothing is weighed). search: for top_p, int32 `[rows, 4]`: (low, high, programs arrived, whether open) and
+    fp32 limits `[rows]`.
     """
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
@@ -78,13 +79,22 @@ def threshold_kernel(
     is_open = tl.full((), 0, tl.int32)
     if parameter is not None:
         value = tl.load(parameter + row)
-    if TOP_K:
+    if KIND == "k":
         k = tl.maximum(tl.cast(tl.minimum(value, vocab), tl.int32), 1)
         if not LOGITS:
             weight, _shift = group_weights(group_max, group_sum, row * cut.groups + offs_group, mask, LOGITS)
             kept = tl.sum(weight, 0).to(tl.float32)
         if (k < vocab) & (peak >= lowest):
             floor, kept, _held = keep_top_k(x, vocab, shift, group_key, k, lowest, slots, LOGITS, cut, SCAN)
+    elif KIND == "min_p":
+        floor = tl.maximum(sort_key(tl.max(group_high, 0) * tl.cast(value, tl.float32)), lowest)
+        top = tl.full((), TOP_KEY, tl.int32)
+        count, _above, _mass = gather(x, vocab, shift, group_key, floor, top, slots, LOGITS, cut)
+        if count <= cut.candidates:
+            _key, share = candidates(slots, count, shift, LOGITS, cut)
+            kept = tl.sum(share, 0)
+        else:
+            kept = scan_weight(x, vocab, shift, floor, LOGITS, SCAN)
     else:
         p = tl.cast(value, tl.float32)
         weight, _shift = group_weights(group_max, group_sum, row * cut.groups + offs_group, mask, LOGITS)
@@ -196,7 +206,7 @@ def settle_kernel(
             scratch[1] + row * cut.candidates,
             scratch[2] + row * cut.candidates,
         )
-        count, above, mass = gather(x, vocab, 0.0, group_key, low + 1, high + 1, slots, LOGITS, cut)
+        count, _above, mass = gather(x, vocab, 0.0, group_key, low + 1, high + 1, slots, LOGITS, cut)
         if count <= cut.candidates:
             key, share = candidates(slots, count, 0.0, LOGITS, cut)
             floor = nucleus_floor(key, share, limit - mass, low, high)
@@ -218,7 +228,7 @@ def settle_kernel(
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def apply_kernel(x, out, floors, weights, stride, vocab, num_tiles, LOGITS: tl.constexpr, TILE: tl.constexpr):
-    """Grid: rows * num_tiles. Logits below the floor become -inf; probs below it 0, the others divided by the weight."""
+    """Grid: rows * num_tiles. Below the floor logits become -inf and probs 0; other probs are divided by the weight."""
     row = (tl.program_id(0) // num_tiles).to(tl.int64)
     offs = (tl.program_id(0) % num_tiles) * TILE + tl.arange(0, TILE)
     v = read(x + row * stride, offs, vocab, LOGITS)

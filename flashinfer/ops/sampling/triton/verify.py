@@ -39,8 +39,8 @@ def chain_kernel(
 ):
     """Grid: requests. Accept draft tokens one after the other, each with probability min(1, target / draft).
 
-    tokens: `[batch, num_drafts + 1]`, gets the accepted ones, -1 after them. counts: int32 (accepted if each were judged
-    for itself, accepted in a row). rows, minus_rows: of target_probs and draft_probs for the next token.
+    tokens: `[batch, num_drafts + 1]`, gets the accepted ones, -1 after them. counts: int32 (accepted each for
+    itself, accepted in a row). rows, minus_rows: of target_probs and draft_probs for the next token.
     """
     request = tl.program_id(0)
     wide = request.to(tl.int64)
