@@ -30,6 +30,7 @@ from flashinfer.rope import (
     apply_rope_with_cos_sin_cache_inplace,
 )
 from flashinfer.sampling import (
+    chain_speculative_sampling,
     min_p_sampling_from_probs,
     sampling_from_logits,
     sampling_from_probs,
@@ -42,6 +43,7 @@ from flashinfer.sampling import (
     top_p_renorm_probs,
     top_p_sampling_from_probs,
 )
+from flashinfer.topk import top_k, top_k_page_table_transform, top_k_ragged_transform
 
 __version__ = "0.1.0"
 
@@ -61,6 +63,7 @@ __all__ = [
     "apply_rope_pos_ids_inplace",
     "apply_rope_with_cos_sin_cache",
     "apply_rope_with_cos_sin_cache_inplace",
+    "chain_speculative_sampling",
     "fast_decode_plan",
     "fused_add_rmsnorm",
     "gelu_and_mul",
@@ -84,7 +87,10 @@ __all__ = [
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
     "softmax",
+    "top_k",
     "top_k_mask_logits",
+    "top_k_page_table_transform",
+    "top_k_ragged_transform",
     "top_k_renorm_probs",
     "top_k_sampling_from_probs",
     "top_k_top_p_sampling_from_logits",

@@ -239,12 +239,6 @@ class Temperature(LogitsProcessor):
 
     ops: ClassVar = {TensorType.LOGITS: TemperatureOp}
 
-    def __init__(self, **params: Any) -> None:
-        super().__init__(**params)
-
-    def legalize(self, input_type: TensorType) -> list[Op]:
-        return super().legalize(input_type)
-
 
 class Softmax(LogitsProcessor):
     """Turn logits into probabilities."""
@@ -253,9 +247,6 @@ class Softmax(LogitsProcessor):
 
     def __init__(self, enable_pdl: bool | None = None, **params: Any) -> None:
         super().__init__(**params)
-
-    def legalize(self, input_type: TensorType) -> list[Op]:
-        return super().legalize(input_type)
 
 
 class TopK(LogitsProcessor):
@@ -279,23 +270,11 @@ class TopP(LogitsProcessor):
 
     ops: ClassVar = {TensorType.PROBS: TopPOp}
 
-    def __init__(self, **params: Any) -> None:
-        super().__init__(**params)
-
-    def legalize(self, input_type: TensorType) -> list[Op]:
-        return super().legalize(input_type)
-
 
 class MinP(LogitsProcessor):
     """Keep what is at least `min_p` times as probable as the most probable."""
 
     ops: ClassVar = {TensorType.PROBS: MinPOp}
-
-    def __init__(self, **params: Any) -> None:
-        super().__init__(**params)
-
-    def legalize(self, input_type: TensorType) -> list[Op]:
-        return super().legalize(input_type)
 
 
 class Sample(LogitsProcessor):
@@ -305,9 +284,6 @@ class Sample(LogitsProcessor):
 
     def __init__(self, deterministic: bool = True, **params: Any) -> None:
         super().__init__(deterministic=deterministic, **params)
-
-    def legalize(self, input_type: TensorType) -> list[Op]:
-        return super().legalize(input_type)
 
 
 class FusionRule(NamedTuple):

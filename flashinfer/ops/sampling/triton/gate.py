@@ -67,6 +67,7 @@ def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "softmax", lambda: launch.softmax(_empty(2, VOCAB), p)
     yield "softmax_rows", lambda: launch.softmax(_empty(512, VOCAB, dtype=torch.bfloat16), 0.7)
     yield "top_p_renorm", lambda: launch.renormalise(probs, Filters(top_p=p))
+    yield "min_p_renorm", lambda: launch.renormalise(probs, Filters(min_p=p))
     yield "top_k_renorm", lambda: launch.renormalise(half, Filters(top_k=50))
     yield "top_k_mask", lambda: launch.mask_logits(half, k)
     yield "select", lambda: choose.select(probs, Selection(64))
@@ -80,8 +81,10 @@ def _calls() -> Iterator[tuple[str, Callable[[], object]]]:
 def cases() -> Iterator[GateCase]:
     """Every kernel in the forms in which it is launched."""
     for name, call in _calls():
-        for i, launched in enumerate(record(call)):
-            yield _case(f"{name}.{i}.{launched.kernel.__name__}", launched)
+        # Steps of a loop launch the same kernel in the same form.
+        forms = {launched.kernel.__name__: launched for launched in record(call)}
+        for kernel, launched in forms.items():
+            yield _case(f"{name}.{kernel}", launched)
 
 
 def _case(name: str, launched: Launched) -> GateCase:
