@@ -1,0 +1,1 @@
+"""The measured problems, a module for each family of ops."""
