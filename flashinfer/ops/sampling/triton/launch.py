@@ -16,13 +16,15 @@ from flashinfer.ops.sampling.triton.filter import filter_kernel
 from flashinfer.ops.sampling.triton.resolve import resolve_kernel
 from flashinfer.ops.sampling.triton.rows import STATS_WARPS, Cut, Keys, Residual, cut_of
 from flashinfer.ops.sampling.triton.softmax import softmax_rows_kernel, softmax_state_kernel, softmax_write_kernel
-from flashinfer.ops.sampling.triton.threshold import apply_kernel, narrow_kernel, settle_kernel, threshold_kernel
+from flashinfer.ops.sampling.triton.threshold import apply_kernel, collect_kernel, settle_kernel, threshold_kernel
 
 SCAN = 2048
-NARROW_SCAN = 2048
-# Each step leaves a ninth of the interval, of some 27 bits at the start.
-NARROW_STEPS = 5
+# Tokens that are collected of a row to find top_p's threshold among.
+FOUND = 8192
+SEARCH_FIELDS = 8
 STATE_FIELDS = 8
+# Two programs of eight warps a multiprocessor. Stated, since ptxas would else spill a few bytes to fit a third.
+REGISTERS = {"maxnreg": 128}
 SOFTMAX_TILE = 4096
 SOFTMAX_ROW_TILE = 8192
 APPLY_TILE = 4096
@@ -35,7 +37,7 @@ _softmax_rows = Prebound(softmax_rows_kernel)
 _softmax_state = Prebound(softmax_state_kernel)
 _softmax_write = Prebound(softmax_write_kernel)
 _threshold = Prebound(threshold_kernel)
-_narrow = Prebound(narrow_kernel)
+_collect = Prebound(collect_kernel)
 _settle = Prebound(settle_kernel)
 _apply = Prebound(apply_kernel)
 
@@ -207,6 +209,7 @@ def sample(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> tup
         ),
         x.device,
         num_warps=cut.num_warps,
+        **REGISTERS,
     )
     limited = kind in ("p", "kp", "joint")
     tiles = triton.cdiv(vocab_size, SCAN)
@@ -222,6 +225,7 @@ def sample(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> tup
         ),
         x.device,
         num_warps=8,
+        **REGISTERS,
     )
     return tokens, valid
 
@@ -278,7 +282,7 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool) 
     scratch = _scratch(x, cut, num_rows)
     search = None
     if kind == "p":
-        search = (x.new_empty((num_rows, 4), dtype=torch.int32), x.new_empty(num_rows, dtype=torch.float32))
+        search = (x.new_empty((num_rows, SEARCH_FIELDS), dtype=torch.int32), x.new_empty(num_rows, dtype=torch.float32))
     pointer, value = pointer_and_value(parameter, vocab_size if top_k else 1.0, vocab_size if top_k else None)
     key = (x.dtype, x.stride(0), vocab_size, logits, cut, alignment(x))
     _threshold(
@@ -290,21 +294,29 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool) 
         ),
         x.device,
         num_warps=cut.num_warps,
+        **REGISTERS,
     )
     if search is None:
         return found
-    tiles = triton.cdiv(vocab_size, NARROW_SCAN)
-    splits, per_split = splits_of(num_rows, tiles, 4 * arch_of(x.device).num_sms)
-    partial = x.new_empty((num_rows, splits, 8), dtype=torch.float32)
-    block = triton.next_power_of_2(splits)
-    sizes = (x.stride(0), vocab_size, splits, per_split, block, logits, NARROW_SCAN)
-    for _ in range(NARROW_STEPS):
-        arguments = (x, search, partial, *sizes)
-        _narrow((num_rows * splits, 1, 1), (key, block), arguments, x.device, num_warps=8)
-    sizes = (x.stride(0), vocab_size, stats.num_groups, logits, cut, SCAN)
-    arguments = (x, stats.group_max, scratch, *found, search, *sizes)
-    _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=cut.num_warps)
+    _search(x, search, found)
     return found
+
+
+def _search(x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds) -> None:
+    """Find top_p's threshold in open rows; each is cut into a power of two parts, or into all its tiles."""
+    num_rows, vocab_size = x.shape
+    tiles = triton.cdiv(vocab_size, SCAN)
+    wanted = max(1, 4 * arch_of(x.device).num_sms // num_rows)
+    splits, per_split = splits_of(1, tiles, 1 << (wanted.bit_length() - 1))
+    block = triton.next_power_of_2(splits)
+    collected = x.new_empty((num_rows, FOUND), dtype=torch.float32)
+    sums = x.new_empty((num_rows, 3, block), dtype=torch.float32)
+    key = (x.dtype, x.stride(0), vocab_size, block, alignment(x))
+    sizes = (x.stride(0), vocab_size, splits, per_split, block, FOUND, False, SCAN)
+    arguments: tuple[object, ...] = (x, search, collected, sums, *found, *sizes)
+    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=8, **REGISTERS)
+    arguments = (x, *found, search, x.stride(0), vocab_size, False, SCAN)
+    _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=8, **REGISTERS)
 
 
 def renormalise(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
