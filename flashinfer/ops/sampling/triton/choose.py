@@ -33,7 +33,7 @@ def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.T
     """(values, int32 indices) `[rows, k]`; see the torch implementation."""
     (num_rows, vocab_size), k = x.shape, selection.k
     candidates = max(MIN_CANDIDATES, triton.next_power_of_2(2 * k))
-    cut = cut_of(vocab_size, x.element_size(), candidates, group_for(k, vocab_size))
+    cut = cut_of(vocab_size, x.element_size(), candidates, group_for(k, vocab_size), 8)
     tiles = tiles_of(vocab_size, cut)
     values, indices = x.new_zeros((num_rows, k)), x.new_full((num_rows, k), -1, dtype=torch.int32)
     if num_rows == 0:
@@ -56,8 +56,7 @@ def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.T
     )
     high = selection.tie_break == 2
     arguments = (x, group_max, starts, lengths, scratch, values, indices, k, *sizes, tiles * cut.tile_groups, high, cut)
-    warps = 16 if cut.candidates > MIN_CANDIDATES else cut.num_warps
-    _select((num_rows, 1, 1), (key, high), (*arguments, SCAN, 1024), x.device, num_warps=warps, **REGISTERS)
+    _select((num_rows, 1, 1), (key, high), (*arguments, SCAN, 1024), x.device, num_warps=cut.num_warps, **REGISTERS)
     if selection.sorted:
         indices, order = indices.sort(dim=1, descending=high)
         values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)

@@ -221,13 +221,14 @@ def draw_pivots(x, vocab, weight, offs_group, random, sample, LOGITS: tl.constex
     draw = tl.arange(0, NUM_PIVOTS)
     a, b, c, _d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
     wide = uniform_wide(a, b)
-    running = tl.cumsum(weight, 0)
     total = tl.sum(weight, 0)
     last = tl.max(tl.where(weight > 0, offs_group, 0), 0)
+    # A group without weight is below every target: so the weights themselves are not held on.
+    running = tl.where(weight > 0, tl.cumsum(weight, 0), -1.0)
     group = draw * 0
     for i in tl.static_range(NUM_PIVOTS):
         u = tl.sum(tl.where(draw == i, wide, 0.0), 0)
-        first = tl.min(tl.where((running > u * total) & (weight > 0), offs_group, TOP_KEY), 0)
+        first = tl.min(tl.where(running > u * total, offs_group, TOP_KEY), 0)
         group = tl.where(draw == i, tl.where(first == TOP_KEY, last, first), group)
     offs = group_offsets(group, cut)
     v = read(x, offs, vocab, LOGITS)

@@ -56,8 +56,11 @@ class Cut:
 
 
 @lru_cache(maxsize=1024)
-def cut_of(vocab_size: int, itemsize: int, candidates: int = 2048, group: int = GROUP) -> Cut:
-    """The cut of rows of `vocab_size` numbers of `itemsize` bytes."""
+def cut_of(vocab_size: int, itemsize: int, candidates: int = 2048, group: int = GROUP, read_per_thread: int = 4) -> Cut:
+    """The cut of rows of `vocab_size` numbers of `itemsize` bytes; read_per_thread: how large a batch is.
+
+    More than 4 make the kernels that also draw spill registers (Triton 3.6, sm_90 and sm_120).
+    """
     while triton.cdiv(vocab_size, group) > MAX_GROUPS:
         group *= 2
     width = min(VECTOR_BYTES // itemsize, group)
@@ -65,8 +68,10 @@ def cut_of(vocab_size: int, itemsize: int, candidates: int = 2048, group: int = 
     cols = min(STATS_WARPS * 32 * width, max(width, triton.next_power_of_2(triton.cdiv(vocab_size, depth))))
     groups = triton.next_power_of_2(triton.cdiv(vocab_size, depth * cols) * (cols // width))
     held = min(candidates, triton.next_power_of_2(vocab_size))
-    num_warps = 4 if max(groups, held) <= 1024 else 8 if groups <= 4096 else 16
-    return Cut(depth, cols, width, groups, held, min(groups, max(1, 2048 // group)), num_warps)
+    num_warps = 4 if max(groups, held) <= 1024 else 8 if groups <= 4096 and held <= 2048 else 16
+    return Cut(
+        depth, cols, width, groups, held, min(groups, max(1, read_per_thread * 32 * num_warps // group)), num_warps
+    )
 
 
 class Keys(NamedTuple):
@@ -194,12 +199,13 @@ def group_weights(group_max, group_sum, offs, mask, LOGITS: tl.constexpr):
 
 @triton.jit
 def kth_largest_key(key, k, low, high):
-    """The largest t in [low, high) with at least k keys at or above it, or low; ints of 64 bits, at most 33 rounds.
+    """The largest t in [low, high) with at least k keys at or above it, else one that keeps all: at most 33 rounds.
 
     May stop early at a t between two keys that keeps the same k.
     """
-    low = low.to(tl.int64)
-    high = high.to(tl.int64)
+    # No key lies outside of [smallest, largest], so neither need t.
+    low = tl.maximum(low, tl.min(tl.where(key == NO_KEY, TOP_KEY, key), 0)).to(tl.int64)
+    high = tl.minimum(high.to(tl.int64), tl.max(key, 0).to(tl.int64) + 1)
     at_low = tl.sum((key >= low.to(tl.int32)).to(tl.int32), 0)
     while (high - low > 1) & (at_low > k):
         middle = (low + high) >> 1
