@@ -16,7 +16,7 @@ from flashinfer.testing import assert_close_to_oracle
 Tensor = torch.Tensor
 ON_GPU = torch.cuda.is_available()
 # The interpreter takes some 50 ms for each program.
-DRAWS, CALLS = (100_000, 10) if ON_GPU else (60, 1)
+DRAWS, CALLS = (100_000, 10) if ON_GPU else (40, 1)
 DTYPES = (torch.float32, torch.float16, torch.bfloat16) if ON_GPU else (torch.float32, torch.float16)
 # More tokens than a program holds candidates; an odd number of them; several tiles.
 LARGE = 128_256 if ON_GPU else 20_011
@@ -181,8 +181,6 @@ def test_seeds(device: str) -> None:
         assert torch.equal(sample(probs, False, Filters(), Draws(*tensors, rows))[0], expected)
     for other in ((seed + 1, offset), (seed, offset + 1), (seed, offset + 2**32)):
         assert (sample(probs, False, Filters(), Draws(*other, rows))[0] != expected).any()
-    # Draw 0 of the torch implementation is the same number, so nearly all tokens are the same.
-    assert (reference.sample(probs, False, Filters(), Draws(seed, offset, rows))[0] == expected).float().mean() < 1.1
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -235,7 +233,7 @@ def test_softmax(rows: int, dtype: torch.dtype, device: str) -> None:
 def test_softmax_of_extremes(device: str) -> None:
     x = torch.tensor([[1e30, -torch.inf, 1e30, 0.0], [-1e30, -2e30, -torch.inf, -torch.inf]], device=device)
     expected = torch.tensor([[0.5, 0.0, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0]], device=device)
-    for rows in (x, x.repeat(100, 1)):
+    for rows in (x, x.repeat(100 if ON_GPU else 2, 1)):
         for temperature in (1.0, 2.0, 0.0, torch.zeros(rows.shape[0], device=device)):
             got = ops.softmax(rows, temperature, backend="triton")
             assert torch.equal(got, expected.repeat(rows.shape[0] // 2, 1))
