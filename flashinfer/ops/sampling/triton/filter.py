@@ -39,41 +39,59 @@ HEAD_GROUPS = tl.constexpr(128)
 
 
 @triton.jit
-def gather(x, vocab, shift, group_key, low, high, slots, LOGITS: tl.constexpr, cut: tl.constexpr):
-    """Write the tokens with keys in [low, high) to `slots`: (lists, values, tokens) of this sample.
+def gather(x, vocab, group_key, low, slots, LOGITS: tl.constexpr, cut: tl.constexpr):
+    """Write the tokens with keys at or above `low` to `slots`: (lists, values, tokens) of this sample; return how many.
 
-    Returns (how many there are; how many lie at or above `high`, and their weight). Only cut.candidates are written;
-    with more groups than that there are more tokens than that, and nothing is read.
+    Only cut.candidates are written; with more groups than that there are more tokens than that, and nothing is read.
     """
     selected = group_key >= low
     num_selected = tl.sum(selected.to(tl.int32), 0)
     count = tl.full((), 0, tl.int32)
-    above = tl.full((), 0, tl.int32)
-    mass = tl.full((), 0.0, tl.float32)
-    if (high == TOP_KEY) & (num_selected > cut.candidates):
+    if num_selected > cut.candidates:
         count = num_selected
     else:
-        offs_group = tl.arange(0, cut.groups)
         place = tl.cumsum(selected.to(tl.int32), 0) - 1
-        tl.store(slots[0] + place, offs_group, mask=selected)
+        tl.store(slots[0] + place, tl.arange(0, cut.groups), mask=selected)
         tl.debug_barrier()
         for begin in range(0, num_selected, cut.batch):
             listed = begin + tl.arange(0, cut.batch)
             inside = listed < num_selected
             offs = group_offsets(tl.load(slots[0] + listed, mask=inside, other=0), cut)
             v = read(x, offs, vocab, LOGITS)
-            key = tl.where(inside[:, None] & (offs < vocab), sort_key(v), NO_KEY)
-            higher = key >= high
-            above += tl.sum(tl.sum(higher.to(tl.int32), 1), 0)
-            mass += tl.sum(tl.sum(tl.where(higher, weight_of(v, shift, LOGITS), 0.0), 1), 0)
-            keep = tl.reshape((key >= low) & (key < high), [cut.batch * cut.group])
+            found = inside[:, None] & (offs < vocab) & (sort_key(v) >= low)
+            keep = tl.reshape(found, [cut.batch * cut.group])
             position = count + tl.cumsum(keep.to(tl.int32), 0) - 1
+            count += tl.sum(keep.to(tl.int32), 0)
             keep &= position < cut.candidates
             tl.store(slots[1] + position, tl.reshape(v, [cut.batch * cut.group]), mask=keep)
             tl.store(slots[2] + position, tl.reshape(offs, [cut.batch * cut.group]), mask=keep)
-            count += tl.sum(tl.sum(((key >= low) & (key < high)).to(tl.int32), 1), 0)
         tl.debug_barrier()
-    return count, above, mass
+    return count
+
+
+@triton.jit
+def scan_between(x, vocab, shift, low, high, slots, LOGITS: tl.constexpr, cut: tl.constexpr, SCAN: tl.constexpr):
+    """`gather` of keys in [low, high), by reading the whole row.
+
+    Returns (how many there are; how many lie at or above `high`, and their weight).
+    """
+    count = tl.full((), 0, tl.int32)
+    higher = tl.full((), 0, tl.int32)
+    mass = tl.full((), 0.0, tl.float32)
+    for begin in range(0, vocab, SCAN):
+        offs = begin + tl.arange(0, SCAN)
+        v = read(x, offs, vocab, LOGITS)
+        key = tl.where(offs < vocab, sort_key(v), NO_KEY)
+        higher += tl.sum((key >= high).to(tl.int32), 0)
+        mass += tl.sum(tl.where(key >= high, weight_of(v, shift, LOGITS), 0.0), 0)
+        keep = (key >= low) & (key < high)
+        position = count + tl.cumsum(keep.to(tl.int32), 0) - 1
+        count += tl.sum(keep.to(tl.int32), 0)
+        keep &= position < cut.candidates
+        tl.store(slots[1] + position, v, mask=keep)
+        tl.store(slots[2] + position, offs, mask=keep)
+    tl.debug_barrier()
+    return count, higher, mass
 
 
 @triton.jit
@@ -142,7 +160,12 @@ def keep_top_k(
     The last is -1 unless all kept tokens are candidates. Tokens that equal the last one kept are kept.
     """
     low, high = bracket_of_kth(group_key, k, vocab, lowest, cut)
-    count, above, mass = gather(x, vocab, shift, group_key, low, high, slots, LOGITS, cut)
+    above = tl.full((), 0, tl.int32)
+    mass = tl.full((), 0.0, tl.float32)
+    if high == TOP_KEY:
+        count = gather(x, vocab, group_key, low, slots, LOGITS, cut)
+    else:
+        count, above, mass = scan_between(x, vocab, shift, low, high, slots, LOGITS, cut, SCAN)
     found = (count <= cut.candidates) & (above < k) & ((above + count >= k) | (low == lowest))
     held = tl.full((), -1, tl.int32)
     if found:
@@ -178,7 +201,7 @@ def hold_nucleus(x, vocab, shift, group_key, num_groups, limit, lowest, slots, L
     if vocab > cut.candidates:
         head = tl.minimum(tl.full((), HEAD_GROUPS, tl.int32), num_groups)
         low = tl.maximum(kth_largest_key(group_key, head, bottom, top), lowest)
-    count, _above, _mass = gather(x, vocab, shift, group_key, low, top, slots, LOGITS, cut)
+    count = gather(x, vocab, group_key, low, slots, LOGITS, cut)
     held = tl.full((), -1, tl.int32)
     if count <= cut.candidates:
         _keys, share = candidates(slots, count, shift, LOGITS, cut)
@@ -319,9 +342,7 @@ def filter_kernel(
             threshold = peak + tl.log2(p) / LOG2E if LOGITS else peak * p
             floor = tl.maximum(sort_key(threshold), lowest)
             if p > 0:
-                count, _above, _mass = gather(
-                    x, vocab, shift, group_key, floor, tl.full((), TOP_KEY, tl.int32), slots, LOGITS, cut
-                )
+                count = gather(x, vocab, group_key, floor, slots, LOGITS, cut)
                 if count <= cut.candidates:
                     held = count
         elif not unlimited:

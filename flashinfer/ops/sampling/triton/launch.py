@@ -19,6 +19,10 @@ from flashinfer.ops.sampling.triton.softmax import softmax_rows_kernel, softmax_
 from flashinfer.ops.sampling.triton.threshold import apply_kernel, collect_kernel, settle_kernel, threshold_kernel
 
 SCAN = 2048
+# More makes the kernel that also draws spill registers on sm_120.
+FILTER_SCAN = 1024
+# What the sixteen warps of a program that resolves open rows read at a time.
+RESOLVE_SCAN = 4096
 # Tokens that are collected of a row to find top_p's threshold among.
 FOUND = 8192
 SEARCH_FIELDS = 8
@@ -205,14 +209,14 @@ def sample(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> tup
         (
             *(x, rows, stats.group_max, stats.group_sum, *random, *top_k, *top_p),
             *((*_scratch(x, cut, num_samples), floats, ints), tokens, valid.view(torch.int8)),
-            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut, SCAN),
+            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut, FILTER_SCAN),
         ),
         x.device,
         num_warps=cut.num_warps,
         **REGISTERS,
     )
     limited = kind in ("p", "kp", "joint")
-    tiles = triton.cdiv(vocab_size, SCAN)
+    tiles = triton.cdiv(vocab_size, RESOLVE_SCAN)
     splits, per_split = splits_of(num_samples, tiles, 2 * arch_of(x.device).num_sms) if limited else (1, tiles)
     partial = x.new_empty((num_samples, splits, 4), dtype=torch.float32) if limited else None
     block = triton.next_power_of_2(splits)
@@ -221,10 +225,10 @@ def sample(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> tup
         (key, limited, block, None if rows is None else rows.dtype),
         (
             *(x, rows, *random, (floats, ints), partial, tokens, x.stride(0), vocab_size, splits, per_split),
-            *(limited, block, logits, SCAN),
+            *(limited, block, logits, RESOLVE_SCAN),
         ),
         x.device,
-        num_warps=8,
+        num_warps=16,
         **REGISTERS,
     )
     return tokens, valid

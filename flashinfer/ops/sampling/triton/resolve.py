@@ -43,10 +43,14 @@ def draw_above(x, vocab, shift, low, total, u, v, LOGITS: tl.constexpr, SCAN: tl
 
 
 @triton.jit
-def draw_by_scans(x, vocab, shift, peak, low, limit, random, sample, LOGITS: tl.constexpr, SCAN: tl.constexpr):
-    """A token by rejection over the row itself, two reads a round; after 64 rounds the heaviest."""
+def draw_by_scans(x, vocab, shift, peak, low, total, limit, random, sample, LOGITS: tl.constexpr, SCAN: tl.constexpr):
+    """A token by rejection over the row itself, two reads a round; after 64 rounds the heaviest.
+
+    total: weight of the tokens with keys at or above `low`; negative if it is not known.
+    """
     keys, seed_low, seed_high, offset_low, offset_high = random
-    total = scan_weight(x, vocab, shift, low, LOGITS, SCAN)
+    if total < 0:
+        total = scan_weight(x, vocab, shift, low, LOGITS, SCAN)
     token = tl.full((), 0, tl.int32)
     searching = tl.full((), 1, tl.int32)
     rounds = tl.full((), 0, tl.int32)
@@ -150,8 +154,10 @@ def resolve_kernel(
             if first < NUM_PIVOTS:
                 token = tl.load(ints + first)
             else:
-                low = tl.maximum(floor, tl.max(tl.where(light, NO_KEY, tl.minimum(key, TOP_KEY - 1) + 1), 0))
+                above = tl.max(tl.where(light, NO_KEY, tl.minimum(key, TOP_KEY - 1) + 1), 0)
+                low = tl.maximum(floor, above)
+                total = tl.where(above >= floor, tl.min(tl.where(light, float("inf"), masses), 0), -1.0)
                 random = (keys, seed_low, seed_high, offset_low, offset_high)
                 peak = tl.load(floats + 6)
-                token = draw_by_scans(x, vocab, shift, peak, low, limit, random, sample, LOGITS, SCAN)
+                token = draw_by_scans(x, vocab, shift, peak, low, total, limit, random, sample, LOGITS, SCAN)
             tl.store(tokens + sample, token.to(tokens.dtype.element_ty))

@@ -133,7 +133,7 @@ def select_kernel(
             scratch[1] + row * cut.candidates,
             scratch[2] + row * cut.candidates,
         )
-        count, _above, _mass = gather(x, length, 0.0, group_key, low, top, slots, True, cut)
+        count = gather(x, length, group_key, low, slots, True, cut)
         if count <= cut.candidates:
             offs = tl.arange(0, cut.candidates)
             v = tl.load(slots[1] + offs, mask=offs < count, other=NEG_INF)

@@ -11,7 +11,6 @@ from flashinfer.ops.sampling.triton.rows import (
     NEG_INF_KEY,
     NO_KEY,
     POSITIVE_KEY,
-    TOP_KEY,
     group_offsets,
     group_weights,
     read,
@@ -132,8 +131,7 @@ def threshold_kernel(
             floor, kept, _held = keep_top_k(x, vocab, shift, group_key, k, lowest, slots, LOGITS, cut, SCAN)
     elif KIND == "min_p":
         floor = tl.maximum(sort_key(tl.max(group_high, 0) * tl.cast(value, tl.float32)), lowest)
-        top = tl.full((), TOP_KEY, tl.int32)
-        count, _above, _mass = gather(x, vocab, shift, group_key, floor, top, slots, LOGITS, cut)
+        count = gather(x, vocab, group_key, floor, slots, LOGITS, cut)
         if count <= cut.candidates:
             _key, share = candidates(slots, count, shift, LOGITS, cut)
             kept = tl.sum(share, 0)
