@@ -72,6 +72,15 @@ def test_chain_counts_are_added(device: str) -> None:
     assert accepted.tolist() == [12] and emitted.tolist() == [10]
 
 
+def test_no_requests(device: str) -> None:
+    probs, ids = torch.rand(0, 3, 7, device=device), torch.zeros(0, 2, dtype=torch.int64, device=device)
+    tokens, accepted, emitted = chain_speculative_sampling(probs[:, :2], ids, probs)
+    assert tokens.shape == (0, 3) and accepted.shape == emitted.shape == (0,)
+    ids = torch.zeros(0, 3, dtype=torch.int32, device=device)
+    tokens, nodes, accepted = tree_speculative_sampling(ids, ids, ids, probs)
+    assert tokens.shape == (0, 3) and nodes.shape == (0, 2) and accepted.shape == (0,)
+
+
 def test_seeds_repeat(device: str) -> None:
     draft = torch.rand(50, 3, 20, device=device).softmax(-1)
     goal = torch.rand(50, 4, 20, device=device).softmax(-1)

@@ -53,6 +53,13 @@ def test_ragged_transform(device: str) -> None:
     assert set(got[3].tolist()) == set(x[3, 10:].topk(8).indices.tolist())
 
 
+def test_more_wanted_than_there_are_columns(device: str) -> None:
+    x = torch.randn(2, 5, device=device)
+    lengths = torch.tensor([5, 3], dtype=torch.int32, device=device)
+    got = top_k_ragged_transform(x, torch.zeros_like(lengths), lengths, 8)
+    assert got.tolist() == [[0, 1, 2, 3, 4, -1, -1, -1], [0, 1, 2, -1, -1, -1, -1, -1]]
+
+
 @pytest.mark.parametrize("page_size", [1, 4])
 def test_page_table_transform(page_size: int, device: str) -> None:
     x = torch.randn(5, 64, device=device)

@@ -88,6 +88,10 @@ def verify_chain(
     draft_tokens `[batch, n]`, target_probs `[batch, n + 1, vocab]`, contiguous. Returns (tokens `[batch, n + 1]` with
     -1 after the drawn one; int32 `[batch]`: how many would be accepted each for itself, how many were in a row).
     """
+    batch_size, length = target_probs.shape[:2]
+    if batch_size == 0:
+        counts = target_probs.new_empty(0, dtype=torch.int32)
+        return draft_tokens.new_empty((0, length)), counts, counts.clone()
     impl = _impl(target_probs, backend)
     tokens, accepted, emitted = impl.verify_chain(draft_probs, draft_tokens, target_probs, draws)
     return tokens, accepted, emitted
@@ -103,6 +107,10 @@ def verify_tree(
     (tokens `[batch, num_nodes]`: accepted, drawn, -1; nodes int32 `[batch, num_nodes - 1]`: accepted, -1; accepted
     int32 `[batch]`).
     """
+    batch_size, num_nodes = target_probs.shape[:2]
+    if batch_size == 0:
+        count = target_probs.new_empty(0, dtype=torch.int32)
+        return tree.tokens.clone(), count.new_empty((0, num_nodes - 1)), count
     tokens, nodes, accepted = _impl(target_probs, backend).verify_tree(tree, target_probs, draws)
     return tokens, nodes, accepted
 

@@ -169,6 +169,10 @@ def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.T
     them. NaN counts as -inf.
     """
     k = selection.k
+    if k > x.shape[1]:
+        values, indices = select(x, selection._replace(k=x.shape[1]))
+        missing = (0, k - x.shape[1])
+        return torch.nn.functional.pad(values, missing), torch.nn.functional.pad(indices, missing, value=-1)
     column = torch.arange(x.shape[1], device=x.device).expand(x.shape)
     index = column if selection.starts is None else column + selection.starts[:, None]
     outside = torch.zeros_like(x, dtype=torch.bool)

@@ -22,6 +22,8 @@ def triton_supports(spec: RowSpec, arch: Arch) -> str | None:
     missing = triton_missing(arch)
     if missing is not None:
         return missing
+    if spec.vocab_size == 1:
+        return "one token needs no kernel"
     if spec.vocab_size > MAX_VOCAB:
         return f"one program holds the statistics of at most {MAX_VOCAB} tokens"
     if spec.k > MAX_SELECTED:

@@ -14,14 +14,14 @@ from flashinfer.ops.sampling.spec import Draws, Filters, Parameter
 from flashinfer.ops.sampling.triton.draw import draw_kernel, group_stats_kernel
 from flashinfer.ops.sampling.triton.filter import filter_kernel
 from flashinfer.ops.sampling.triton.resolve import resolve_kernel
-from flashinfer.ops.sampling.triton.rows import STATS_WARPS, Cut, Keys, Residual, cut_of
+from flashinfer.ops.sampling.triton.rows import STATS_WARPS, VECTOR_BYTES, Cut, Keys, Residual, cut_of
 from flashinfer.ops.sampling.triton.softmax import softmax_rows_kernel, softmax_state_kernel, softmax_write_kernel
 from flashinfer.ops.sampling.triton.threshold import apply_kernel, collect_kernel, settle_kernel, threshold_kernel
 
 SCAN = 2048
 # More makes the kernel that also draws spill registers on sm_120.
 FILTER_SCAN = 1024
-# What the sixteen warps of a program that resolves open rows read at a time.
+# What the sixteen warps of a program that resolves open rows read at a time: half where rows begin off 16 bytes.
 RESOLVE_SCAN = 4096
 # Tokens that are collected of a row to find top_p's threshold among.
 FOUND = 8192
@@ -116,6 +116,7 @@ def group_stats(
         (x, rows, residual, high, total, x.stride(0), vocab_size, splits, per_split, logits, cut),
         x.device,
         num_warps=STATS_WARPS,
+        **REGISTERS,
     )
     return Stats(high, total, tiles * cut.tile_groups)
 
@@ -216,7 +217,8 @@ def sample(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> tup
         **REGISTERS,
     )
     limited = kind in ("p", "kp", "joint")
-    tiles = triton.cdiv(vocab_size, RESOLVE_SCAN)
+    scan = RESOLVE_SCAN if x.stride(0) * x.element_size() % VECTOR_BYTES == 0 else RESOLVE_SCAN // 2
+    tiles = triton.cdiv(vocab_size, scan)
     splits, per_split = splits_of(num_samples, tiles, 2 * arch_of(x.device).num_sms) if limited else (1, tiles)
     partial = x.new_empty((num_samples, splits, 4), dtype=torch.float32) if limited else None
     block = triton.next_power_of_2(splits)
@@ -225,7 +227,7 @@ def sample(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> tup
         (key, limited, block, None if rows is None else rows.dtype),
         (
             *(x, rows, *random, (floats, ints), partial, tokens, x.stride(0), vocab_size, splits, per_split),
-            *(limited, block, logits, RESOLVE_SCAN),
+            *(limited, block, logits, scan),
         ),
         x.device,
         num_warps=16,
@@ -246,7 +248,7 @@ def softmax(logits: torch.Tensor, temperature: Parameter) -> torch.Tensor:
     num_sms = arch_of(logits.device).num_sms
     if num_rows >= num_sms:
         arguments = (logits, out, *sizes, SOFTMAX_ROW_TILE)
-        _softmax_rows((num_rows, 1, 1), key, arguments, logits.device, num_warps=16)
+        _softmax_rows((num_rows, 1, 1), key, arguments, logits.device, num_warps=16, **REGISTERS)
         return out
     tiles = triton.cdiv(vocab_size, SOFTMAX_TILE)
     splits, per_split = splits_of(num_rows, tiles, 4 * num_sms)
@@ -318,7 +320,7 @@ def _search(x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: T
     key = (x.dtype, x.stride(0), vocab_size, block, alignment(x))
     sizes = (x.stride(0), vocab_size, splits, per_split, block, FOUND, False, SCAN)
     arguments: tuple[object, ...] = (x, search, collected, sums, *found, *sizes)
-    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=8, **REGISTERS)
+    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=16, **REGISTERS)
     arguments = (x, *found, search, x.stride(0), vocab_size, False, SCAN)
     _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=8, **REGISTERS)
 
