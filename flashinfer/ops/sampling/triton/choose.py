@@ -33,7 +33,7 @@ def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.T
     """(values, int32 indices) `[rows, k]`; see the torch implementation."""
     (num_rows, vocab_size), k = x.shape, selection.k
     candidates = max(MIN_CANDIDATES, triton.next_power_of_2(2 * k))
-    cut = cut_of(vocab_size, x.element_size(), candidates, group_for(k, vocab_size), 8)
+    cut = cut_of(vocab_size, x.element_size(), candidates, group_for(k, vocab_size))
     tiles = tiles_of(vocab_size, cut)
     values, indices = x.new_zeros((num_rows, k)), x.new_full((num_rows, k), -1, dtype=torch.int32)
     if num_rows == 0:

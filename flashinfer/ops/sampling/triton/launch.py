@@ -14,7 +14,7 @@ from flashinfer.ops.sampling.spec import Draws, Filters, Parameter
 from flashinfer.ops.sampling.triton.draw import draw_kernel, group_stats_kernel
 from flashinfer.ops.sampling.triton.filter import filter_kernel
 from flashinfer.ops.sampling.triton.resolve import resolve_kernel
-from flashinfer.ops.sampling.triton.rows import STATS_WARPS, VECTOR_BYTES, Cut, Keys, Residual, cut_of
+from flashinfer.ops.sampling.triton.rows import NO_RESIDUAL, STATS_WARPS, VECTOR_BYTES, Cut, Keys, Residual, cut_of
 from flashinfer.ops.sampling.triton.softmax import softmax_rows_kernel, softmax_state_kernel, softmax_write_kernel
 from flashinfer.ops.sampling.triton.threshold import apply_kernel, collect_kernel, settle_kernel, threshold_kernel
 
@@ -100,14 +100,14 @@ def group_stats(
     logits: bool,
     wanted: tuple[bool, bool],
     rows: torch.Tensor | None = None,
-    residual: Residual | None = None,
+    residual: Residual = NO_RESIDUAL,
 ) -> Stats:
     """Statistics of each row of `x`, or of the rows `rows`; wanted: maxima, sums."""
     entries, vocab_size = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
     tiles = tiles_of(vocab_size, cut)
     splits, per_split = splits_of(entries, tiles, 16 * arch_of(x.device).num_sms)
     high, total = (x.new_empty((entries, cut.groups), dtype=torch.float32) if want else None for want in wanted)
-    parts = () if residual is None else tuple(residual)
+    parts = tuple(residual)
     pointers = [p for p in parts if not isinstance(p, int)]
     key = (x.dtype, x.stride(0), vocab_size, logits, wanted, cut, alignment(x, rows, *pointers), _kinds(rows, *parts))
     _stats(
@@ -116,7 +116,7 @@ def group_stats(
         (x, rows, residual, high, total, x.stride(0), vocab_size, splits, per_split, logits, cut),
         x.device,
         num_warps=STATS_WARPS,
-        **REGISTERS,
+        **(REGISTERS if residual is NO_RESIDUAL else {}),
     )
     return Stats(high, total, tiles * cut.tile_groups)
 
@@ -131,16 +131,16 @@ def draw(
     logits: bool,
     draws: Draws,
     rows: torch.Tensor | None = None,
-    residual: Residual | None = None,
+    residual: Residual = NO_RESIDUAL,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token for each sample by its weight alone; `rows`, `residual`: of a sample, instead of draws.indices."""
     cut = cut_of(x.shape[1], x.element_size())
     rows = draws.indices if rows is None else rows
-    per_sample = rows is None or residual is not None or draws.num_samples <= x.shape[0]
+    per_sample = rows is None or residual is not NO_RESIDUAL or draws.num_samples <= x.shape[0]
     stats = group_stats(x, cut, logits, (logits, True), rows if per_sample else None, residual)
     tokens, valid = _outputs(x, draws)
     random = random_of(draws)
-    parts = () if residual is None else tuple(residual)
+    parts = tuple(residual)
     pointers = [p for p in parts if not isinstance(p, int)]
     key = (x.dtype, x.stride(0), x.shape[1], logits, per_sample, cut, random.key, tokens.dtype)
     key = (*key, alignment(x, rows, *pointers), _kinds(rows, *parts))

@@ -97,6 +97,10 @@ class Residual(NamedTuple):
     exclude_stride: int
 
 
+# A tuple with None in it cannot itself be compared with None inside of a kernel (Triton 3.6).
+NO_RESIDUAL = Residual(None, None, 0, None, None, 0)
+
+
 @triton.jit
 def sort_key(x):
     """int32 that sorts like the fp32 `x`; both zeros are one."""
@@ -119,16 +123,15 @@ def read(x, offs, vocab, LOGITS: tl.constexpr):
 def read_residual(x, residual, entry, offs, vocab, LOGITS: tl.constexpr):
     """`read`, with the residual taken off: `max(x - minus, 0)`, 0 for excluded tokens."""
     v = read(x, offs, vocab, LOGITS)
-    if residual is not None:
-        if residual.minus is not None:
-            row = tl.load(residual.minus_rows + entry).to(tl.int64)
-            other = residual.minus + tl.maximum(row, 0) * residual.minus_stride
-            end = tl.where(row >= 0, vocab, 0)
-            v -= tl.load(other + offs, mask=offs < end, other=0.0).to(tl.float32)
-            v = tl.where(v > 0, v, 0.0)
-        if residual.excluded is not None:
-            for i in range(tl.load(residual.num_excluded + entry)):
-                v = tl.where(offs == tl.load(residual.excluded + entry * residual.exclude_stride + i), 0.0, v)
+    if residual.minus is not None:
+        row = tl.load(residual.minus_rows + entry).to(tl.int64)
+        other = residual.minus + tl.maximum(row, 0) * residual.minus_stride
+        end = tl.where(row >= 0, vocab, 0)
+        v -= tl.load(other + offs, mask=offs < end, other=0.0).to(tl.float32)
+        v = tl.where(v > 0, v, 0.0)
+    if residual.excluded is not None:
+        for i in range(tl.load(residual.num_excluded + entry)):
+            v = tl.where(offs == tl.load(residual.excluded + entry * residual.exclude_stride + i), 0.0, v)
     return v
 
 
