@@ -7,7 +7,7 @@ import triton
 
 from flashinfer.core.launch import Prebound, alignment
 from flashinfer.ops.sampling.spec import Draws, Selection, Tree
-from flashinfer.ops.sampling.triton.launch import REGISTERS, SCAN, draw, random_of, tiles_of
+from flashinfer.ops.sampling.triton.launch import SCAN, draw, random_of, tiles_of
 from flashinfer.ops.sampling.triton.rows import GROUP, STATS_WARPS, Residual, cut_of
 from flashinfer.ops.sampling.triton.select import select_kernel, window_max_kernel
 from flashinfer.ops.sampling.triton.verify import chain_kernel, tree_kernel
@@ -56,7 +56,7 @@ def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.T
     )
     high = selection.tie_break == 2
     arguments = (x, group_max, starts, lengths, scratch, values, indices, k, *sizes, tiles * cut.tile_groups, high, cut)
-    _select((num_rows, 1, 1), (key, high), (*arguments, SCAN, 1024), x.device, num_warps=cut.num_warps, **REGISTERS)
+    _select((num_rows, 1, 1), (key, high), (*arguments, SCAN, 1024), x.device, num_warps=cut.num_warps)
     if selection.sorted:
         indices, order = indices.sort(dim=1, descending=high)
         values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
