@@ -1,1 +1,1 @@
-"""Benchmarks: `registry` says what is measured, `run` checks and times it, `report` makes tables of the results."""
+"""Benchmarks: `registry` lists what is measured, `run` checks and times it, `report` makes tables of the results."""

@@ -26,7 +26,7 @@ def _peer(entry: dict[str, Any] | None) -> str:
 
 def _op_table(op: str, rows: Sequence[dict[str, Any]]) -> list[str]:
     """One op's rows: rate and share of the ceiling that binds it, then each peer's time over ours."""
-    memory_bound = op in MEMORY_BOUND_OPS
+    memory_bound = op in MEMORY_BOUND_OPS or not any(row.get("flops") for row in rows)
     rate, share = ("gb_per_s", "copy_share") if memory_bound else ("tflop_per_s", "matmul_share")
     peers = list(dict.fromkeys(name for row in rows for name in row.get("peers", {})))
     unit = ("GB/s", "of copy") if memory_bound else ("TFLOP/s", "of matmul")

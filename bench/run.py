@@ -29,7 +29,8 @@ from typing import Any
 
 import torch
 
-from bench.registry import COLD_ROWS, ROWS, Call, Peer, Row
+from bench.record import Call, Peer, Row
+from bench.registry import COLD_ROWS, ROWS
 
 SCHEMA = 1
 COLD_TIMEOUT_S = 120
@@ -41,10 +42,10 @@ class Settings:
     """How a run measures. Times in ms; copy_mib: size of the ceiling's copy; matmul_n: its square product."""
 
     device: torch.device
-    warmup_ms: float
-    rep_ms: float
-    copy_mib: int
-    matmul_n: int
+    warmup_ms: float = 25.0
+    rep_ms: float = 100.0
+    copy_mib: int = 4096
+    matmul_n: int = 8192
 
     @property
     def uses_triton_timer(self) -> bool:
@@ -167,9 +168,11 @@ def gate(row: Row, inputs: Any, out: torch.Tensor, generator: torch.Generator) -
 def check_call(row: Row, inputs: Any, call: Call, generator: torch.Generator) -> dict[str, Any]:
     """Plan, run twice, and judge: both outputs equal bit for bit, and right."""
     call.plan()
+    call.reset()
     call.run()
     first = call.out.clone()
     call.out.fill_(float("nan"))
+    call.reset()
     call.run()
     verdict = gate(row, inputs, call.out, generator)
     if verdict["ok"] and not torch.equal(first, call.out):
@@ -191,7 +194,7 @@ def time_host(call: Call, run_ms: float, device: torch.device) -> dict[str, floa
     plan_us = 1e6 * statistics.median(plans)
     if device.type != "cuda":
         return {"plan_us": plan_us, "run_enqueue_us": None}
-    repeats = max(10, min(100, int(100 / run_ms)))  # few enough that the launch queue never fills
+    repeats = max(4, min(100, int(100 / run_ms)))  # few enough that the launch queue never fills
     enqueues = []
     for _ in range(5):
         synchronize(device)
@@ -213,10 +216,10 @@ def time_peer(
             verdict = {"ok": True} if peer.layout is None else gate(row, inputs, peer.layout(result), generator)
             return timer(call) if verdict["ok"] else {"reason": verdict["reason"]}
     except Exception as error:  # a peer that is missing must not hide the row
-        return {"reason": _short(error)}
+        return {"reason": short_error(error)}
 
 
-def _short(error: Exception) -> str:
+def short_error(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
@@ -237,7 +240,7 @@ def run_row(row: Row, settings: Settings, ceilings: dict[str, Any], seed: int) -
         timer = partial(time_against, ours=call.run, ours_ms=times["ms"], settings=settings)
         result["peers"] = {p.name: time_peer(p, row, inputs, generator, timer) for p in row.peers}
     except Exception as error:  # one broken row must not hide the others; the exit code tells
-        return {**result, "status": "error", "reason": _short(error)}
+        return {**result, "status": "error", "reason": short_error(error)}
     return {**result, "status": "ok"}
 
 
@@ -281,7 +284,7 @@ def measure_cold(name: str, device: torch.device) -> dict[str, Any]:
         except subprocess.SubprocessError as error:
             stderr = getattr(error, "stderr", None) or ""
             tail = (stderr.decode() if isinstance(stderr, bytes) else stderr).strip().splitlines()[-1:]
-            return {"status": "error", "reason": " ".join([_short(error), *tail])}
+            return {"status": "error", "reason": " ".join([short_error(error), *tail])}
     return {"status": "ok", **json.loads(done.stdout.strip().splitlines()[-1])}
 
 
@@ -401,8 +404,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--commit", help="the commit measured, where there is no git")
     parser.add_argument("--seed", type=int, help="of the random inputs; default: a fresh one")
     parser.add_argument("--limit-s", type=float, default=float("inf"), help="start no row after so many seconds")
-    parser.add_argument("--warmup-ms", type=float, default=25.0)
-    parser.add_argument("--rep-ms", type=float, default=100.0)
+    parser.add_argument("--warmup-ms", type=float, default=Settings.warmup_ms)
+    parser.add_argument("--rep-ms", type=float, default=Settings.rep_ms)
     parser.add_argument("--copy-mib", type=int, help="size of the copy ceiling; default 4096, 256 on the CPU")
     parser.add_argument("--matmul-n", type=int, help="size of the product ceiling; default 8192, 2048 on the CPU")
     return parser.parse_args(argv)
@@ -410,7 +413,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _settings(args: argparse.Namespace) -> Settings:
     device = torch.device(args.device)
-    copy_mib, matmul_n = (4096, 8192) if device.type == "cuda" else (256, 2048)
+    copy_mib, matmul_n = (Settings.copy_mib, Settings.matmul_n) if device.type == "cuda" else (256, 2048)
     return Settings(device, args.warmup_ms, args.rep_ms, args.copy_mib or copy_mib, args.matmul_n or matmul_n)
 
 

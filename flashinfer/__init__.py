@@ -8,15 +8,32 @@ from flashinfer.decode import (
     fast_decode_plan,
     single_decode_with_kv_cache,
 )
-from flashinfer.norm import fused_add_rmsnorm, gemma_fused_add_rmsnorm, gemma_rmsnorm, layernorm, rmsnorm
-from flashinfer.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
+from flashinfer.norm import (
+    fused_add_rmsnorm,
+    fused_add_rmsnorm_quant,
+    gemma_fused_add_rmsnorm,
+    gemma_rmsnorm,
+    layernorm,
+    layernorm_quant,
+    rmsnorm,
+    rmsnorm_quant,
+)
+from flashinfer.page import append_paged_kv_cache, append_paged_mla_kv_cache, get_batch_indices_positions, get_seq_lens
 from flashinfer.prefill import (
     BatchPrefillWithPagedKVCacheWrapper,
     BatchPrefillWithRaggedKVCacheWrapper,
     single_prefill_with_kv_cache,
     single_prefill_with_kv_cache_return_lse,
 )
-from flashinfer.quantization import packbits, segment_packbits
+from flashinfer.quantization import (
+    e2m1_and_ufp8sf_scale_to_float,
+    mxfp4_dequantize,
+    mxfp4_dequantize_host,
+    nvfp4_block_scale_interleave,
+    nvfp4_kv_dequantize,
+    packbits,
+    segment_packbits,
+)
 from flashinfer.rope import (
     apply_llama31_rope,
     apply_llama31_rope_inplace,
@@ -53,6 +70,7 @@ __all__ = [
     "BatchPrefillWithRaggedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "append_paged_kv_cache",
+    "append_paged_mla_kv_cache",
     "apply_llama31_rope",
     "apply_llama31_rope_inplace",
     "apply_llama31_rope_pos_ids",
@@ -64,8 +82,10 @@ __all__ = [
     "apply_rope_with_cos_sin_cache",
     "apply_rope_with_cos_sin_cache_inplace",
     "chain_speculative_sampling",
+    "e2m1_and_ufp8sf_scale_to_float",
     "fast_decode_plan",
     "fused_add_rmsnorm",
+    "fused_add_rmsnorm_quant",
     "gelu_and_mul",
     "gelu_tanh_and_mul",
     "gemma_fused_add_rmsnorm",
@@ -73,12 +93,18 @@ __all__ = [
     "get_batch_indices_positions",
     "get_seq_lens",
     "layernorm",
+    "layernorm_quant",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
     "min_p_sampling_from_probs",
+    "mxfp4_dequantize",
+    "mxfp4_dequantize_host",
+    "nvfp4_block_scale_interleave",
+    "nvfp4_kv_dequantize",
     "packbits",
     "rmsnorm",
+    "rmsnorm_quant",
     "sampling_from_logits",
     "sampling_from_probs",
     "segment_packbits",

@@ -9,6 +9,10 @@ from flashinfer.core.kv_cache import PagedKVCache, paged_views
 from flashinfer.core.kv_cache import kv_layout as checked_layout
 from flashinfer.ops import page as ops
 
+SLOT_DTYPES = (torch.int32, torch.int64)
+QUANTIZED_DTYPES = (*check.FP8_DTYPES, torch.int8)
+KVScale = float | torch.Tensor
+
 
 def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
     """Tokens of each request: `(pages - 1) * page_size + last_page_len`, 0 for a request without pages.
@@ -17,13 +21,22 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
     page_size: tokens a page. Returns int32 `[batch_size]` on their device, without waiting for it.
     """
     check.tensor("kv_indptr", kv_indptr, dtypes=check.INDEX_DTYPES)
-    check.indptr("kv_indptr", kv_indptr)
+    _check_indptr("kv_indptr", kv_indptr)
     _check_last_page_len(kv_last_page_len, kv_indptr)
-    return ops.seq_lens(kv_indptr, kv_last_page_len, check.positive("page_size", page_size))
+    check.positive("page_size", page_size)
+    out = torch.empty(kv_indptr.shape[0] - 1, dtype=torch.int32, device=kv_indptr.device)
+    ops.seq_lens(out, kv_indptr, kv_last_page_len, page_size)
+    return out
+
+
+def _check_indptr(name: str, x: torch.Tensor) -> None:
+    if x.dim() != 1 or x.shape[0] == 0 or not x.is_contiguous():
+        got = f"shape {list(x.shape)}, stride {x.stride()}"
+        raise ValueError(check.problem(name, got, "a contiguous [batch_size + 1]", "Pass prefix sums."))
 
 
 def _check_last_page_len(kv_last_page_len: torch.Tensor, kv_indptr: torch.Tensor) -> None:
-    shape = (kv_indptr.numel() - 1,)
+    shape = (kv_indptr.shape[0] - 1,)
     check.tensor(
         "kv_last_page_len", kv_last_page_len, dtypes=check.INDEX_DTYPES, shape=shape, like=("kv_indptr", kv_indptr)
     )
@@ -44,18 +57,17 @@ def get_batch_indices_positions(
     batch_indices, positions: `[nnz]` buffers to fill, made if not given. Returns both; does not wait for the device.
     """
     check.tensor("append_indptr", append_indptr, dtypes=check.INDEX_DTYPES)
-    check.indptr("append_indptr", append_indptr)
+    _check_indptr("append_indptr", append_indptr)
     if isinstance(nnz, bool) or not isinstance(nnz, int) or nnz < 0:
         raise ValueError(check.problem("nnz", repr(nnz), "an int of at least 0", "Pass the number of rows."))
-    check.index_range("append_indptr", append_indptr, 0, nnz + 1)
     like = ("append_indptr", append_indptr)
-    check.tensor("seq_lens", seq_lens, dtypes=check.INDEX_DTYPES, shape=(append_indptr.numel() - 1,), like=like)
+    check.tensor("seq_lens", seq_lens, dtypes=check.INDEX_DTYPES, shape=(append_indptr.shape[0] - 1,), like=like)
     filled = []
     for name, buffer in (("batch_indices", batch_indices), ("positions", positions)):
         if buffer is None:
             buffer = torch.empty(nnz, dtype=torch.int32, device=append_indptr.device)
         filled.append(check.tensor(name, buffer, dtypes=check.INDEX_DTYPES, shape=(nnz,), like=like))
-    ops.batch_indices_positions(append_indptr, seq_lens, *filled)
+    ops.batch_indices_positions(*filled, append_indptr, seq_lens)
     return filled[0], filled[1]
 
 
@@ -84,27 +96,116 @@ def append_paged_kv_cache(
     tensors, for tokens outside of the page table.
     """
     k_cache, v_cache = paged_views(paged_kv_cache, checked_layout(kv_layout))
-    tensors = ops.Append(append_key, append_value, k_cache, v_cache, batch_indices, positions, kv_indices, kv_indptr)
-    _check_data(tensors)
-    _check_index_tensors(tensors)
+    _check_data(append_key, append_value, k_cache, v_cache, check.FLOAT_DTYPES + check.FP8_DTYPES)
+    where = [batch_indices, positions, kv_indices, kv_indptr]
+    _check_page_table(where, append_key)
     _check_last_page_len(kv_last_page_len, kv_indptr)
-    if append_key.is_cpu:
-        _check_page_table(tensors)
-    ops.append(tensors)
+    ops.append_paged_kv_cache(k_cache, v_cache, append_key, append_value, where, [], [])
 
 
-def _check_data(tensors: ops.Append) -> None:
-    key, value, k_cache, v_cache = tensors[:4]
+def append_paged_mla_kv_cache(
+    append_ckv: torch.Tensor,
+    append_kpe: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    ckv_cache: torch.Tensor,
+    kpe_cache: torch.Tensor,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+) -> None:
+    """Write new compressed KV and its rotated keys into the paged caches of multi-head latent attention, in place.
+
+    append_ckv: `[nnz, head_dim_ckv]`, append_kpe: `[nnz, head_dim_kpe]`. ckv_cache `[pages, page_size, head_dim_ckv]`,
+    kpe_cache `[pages, page_size, head_dim_kpe]`, any strides with the innermost 1. Everything else as in
+    `append_paged_kv_cache`.
+    """
+    for name, x in (("append_ckv", append_ckv), ("append_kpe", append_kpe)):
+        check.tensor(name, x, shape=(append_ckv.shape[0], None), like=("append_ckv", append_ckv))
+    for name, x in (("ckv_cache", ckv_cache), ("kpe_cache", kpe_cache)):
+        check.tensor(name, x, shape=(*ckv_cache.shape[:2], None), like=("append_ckv", append_ckv))
+    key, value, k_cache, v_cache = (x.unsqueeze(-2) for x in (append_ckv, append_kpe, ckv_cache, kpe_cache))
+    _check_data(key, value, k_cache, v_cache, check.FLOAT_DTYPES + check.FP8_DTYPES)
+    where = [batch_indices, positions, kv_indices, kv_indptr]
+    _check_page_table(where, append_ckv)
+    _check_last_page_len(kv_last_page_len, kv_indptr)
+    ops.append_paged_kv_cache(k_cache, v_cache, key, value, where, [], [])
+
+
+def quantize_append_paged_kv_cache(
+    append_key: torch.Tensor,
+    append_value: torch.Tensor,
+    batch_indices: torch.Tensor,
+    positions: torch.Tensor,
+    paged_kv_cache: PagedKVCache,
+    kv_indices: torch.Tensor,
+    kv_indptr: torch.Tensor,
+    kv_last_page_len: torch.Tensor,
+    k_scale: KVScale,
+    v_scale: KVScale,
+    kv_layout: str = "NHD",
+) -> None:
+    """`append_paged_kv_cache` of keys divided by k_scale and values divided by v_scale, to an fp8 or int8 cache.
+
+    k_scale, v_scale: both numbers, or both fp32 tensors `[1]` or `[num_kv_heads]`: what attention multiplies by to get
+    the keys and values back. int8 rounds to nearest even and saturates.
+    """
+    k_cache, v_cache = paged_views(paged_kv_cache, checked_layout(kv_layout))
+    _check_data(append_key, append_value, k_cache, v_cache, QUANTIZED_DTYPES)
+    where = [batch_indices, positions, kv_indices, kv_indptr]
+    _check_page_table(where, append_key)
+    _check_last_page_len(kv_last_page_len, kv_indptr)
+    ops.append_paged_kv_cache(k_cache, v_cache, append_key, append_value, where, *_scales(k_scale, v_scale, append_key))
+
+
+def append_paged_kv_cache_with_slot_mapping(
+    append_key: torch.Tensor,
+    append_value: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    paged_kv_cache: PagedKVCache,
+    k_scale: KVScale = 1.0,
+    v_scale: KVScale = 1.0,
+    kv_layout: str = "NHD",
+) -> None:
+    """Write each new key and value into a slot of a paged KV cache, in place: how vLLM and SGLang address a cache.
+
+    slot_mapping: int32 or int64 `[nnz]`, `page * page_size + place in the page`; a negative slot skips the token.
+    append_key, append_value: at least nnz rows; what lies behind them is padding. k_scale, v_scale: see
+    `quantize_append_paged_kv_cache`; the cache may have any dtype here. Everything else as in `append_paged_kv_cache`.
+    """
+    k_cache, v_cache = paged_views(paged_kv_cache, checked_layout(kv_layout))
+    check.tensor("append_key", append_key, shape=(None, None, None))
+    check.tensor("append_value", append_value, shape=(None, None, None))
+    like = ("append_key", append_key)
+    check.tensor("slot_mapping", slot_mapping, dtypes=SLOT_DTYPES, shape=(None,), like=like, inner_contiguous=True)
+    num_tokens = slot_mapping.shape[0]
+    key, value = append_key[:num_tokens], append_value[:num_tokens]
+    if key.shape[0] != num_tokens:
+        got = f"{append_key.shape[0]} rows for {num_tokens} slots"
+        raise ValueError(check.problem("append_key", got, "a row for each slot", "Pass the rows of all tokens."))
+    _check_data(key, value, k_cache, v_cache, check.FLOAT_DTYPES + QUANTIZED_DTYPES)
+    ops.append_paged_kv_cache(k_cache, v_cache, key, value, [slot_mapping], *_scales(k_scale, v_scale, key))
+
+
+def _check_data(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    stored: tuple[torch.dtype, ...],
+) -> None:
+    if _is_plain(key, value, k_cache, v_cache) and k_cache.dtype in stored:
+        return
     like = ("append_key", key)
-    check.tensor("append_key", key, shape=(None, None, None), inner_contiguous=True)
+    check.tensor("K cache", k_cache, dtypes=stored, inner_contiguous=True)
+    dtypes = (*check.FLOAT_DTYPES, k_cache.dtype)
+    check.tensor("append_key", key, dtypes=dtypes, shape=(None, None, None), inner_contiguous=True)
     shape = (*key.shape[:2], None)
     check.tensor("append_value", value, dtypes=(key.dtype,), shape=shape, like=like, inner_contiguous=True)
-    stored = check.FLOAT_DTYPES + check.FP8_DTYPES
     pages = (*k_cache.shape[:2], key.shape[1])
-    check.tensor("K cache", k_cache, dtypes=stored, shape=(*pages, key.shape[2]), like=like, inner_contiguous=True)
+    check.tensor("K cache", k_cache, shape=(*pages, key.shape[2]), like=like)
     shape = (*pages, value.shape[2])
     check.tensor("V cache", v_cache, dtypes=(k_cache.dtype,), shape=shape, like=like, inner_contiguous=True)
-    check.tensor("append_key", key, dtypes=(*check.FLOAT_DTYPES, k_cache.dtype))
     if k_cache.shape == v_cache.shape and k_cache.stride() != v_cache.stride():
         raise ValueError(
             check.problem(
@@ -116,40 +217,56 @@ def _check_data(tensors: ops.Append) -> None:
         )
 
 
-def _check_index_tensors(tensors: ops.Append) -> None:
-    shapes = {
-        "batch_indices": (tensors.key.shape[0],),
-        "positions": (tensors.key.shape[0],),
-        "kv_indices": (None,),
-        "kv_indptr": (None,),
-    }
-    for name, shape in shapes.items():
-        x = check.tensor(
-            name, getattr(tensors, name), dtypes=check.INDEX_DTYPES, shape=shape, like=("append_key", tensors.key)
-        )
+def _is_plain(key: torch.Tensor, value: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor) -> bool:
+    """Whether all is as it mostly is, so that the checks can be skipped: they take longer than a launch."""
+    return (
+        isinstance(key, torch.Tensor)
+        and isinstance(value, torch.Tensor)
+        and key.dtype == value.dtype
+        and (key.dtype == k_cache.dtype or key.dtype in check.FLOAT_DTYPES)
+        and k_cache.dtype == v_cache.dtype
+        and key.dim() == 3
+        and key.shape == value.shape
+        and key.shape[1:] == k_cache.shape[2:]
+        and k_cache.shape == v_cache.shape
+        and k_cache.stride() == v_cache.stride()
+        and key.device == value.device == k_cache.device == v_cache.device
+        and key.stride(2) == value.stride(2) == k_cache.stride(3) == 1
+    )
+
+
+def _check_page_table(where: list[torch.Tensor], key: torch.Tensor) -> None:
+    if all(
+        isinstance(x, torch.Tensor)
+        and x.dtype == torch.int32
+        and x.dim() == 1
+        and x.stride(0) == 1
+        and x.device == key.device
+        for x in where
+    ) and (where[0].shape[0] == where[1].shape[0] == key.shape[0]):
+        return
+    for name, x in zip(("batch_indices", "positions", "kv_indices", "kv_indptr"), where, strict=True):
+        shape = (None,) if name.startswith("kv") else (key.shape[0],)
+        check.tensor(name, x, dtypes=check.INDEX_DTYPES, shape=shape, like=("append_key", key))
         if not x.is_contiguous():
             raise ValueError(
                 check.problem(name, f"stride {x.stride(0)}", "a contiguous tensor", f"Call {name}.contiguous().")
             )
 
 
-def _check_page_table(tensors: ops.Append) -> None:
-    """Check on the CPU that every token that is not skipped has a page of its request in the table."""
-    check.index_range("kv_indices", tensors.kv_indices, 0, tensors.k_cache.shape[0])
-    kept = tensors.batch_indices >= 0
-    request, position = tensors.batch_indices[kept], tensors.positions[kept]
-    check.index_range("batch_indices", request, 0, tensors.kv_indptr.numel() - 1)
-    check.index_range("positions", position, 0, 2**31)
-    entry = tensors.kv_indptr[request] + position // tensors.k_cache.shape[1]
-    check.index_range("kv_indptr", tensors.kv_indptr, 0, tensors.kv_indices.numel() + 1)
-    outside = entry >= tensors.kv_indptr[request + 1]
-    if bool(outside.any()):
-        first = int(outside.int().argmax())
-        raise ValueError(
-            check.problem(
-                "positions",
-                f"position {int(position[first])} of request {int(request[first])}",
-                "positions inside of the request's pages",
-                "Add pages to kv_indices and kv_indptr before the append.",
-            )
+def _scales(k_scale: KVScale, v_scale: KVScale, key: torch.Tensor) -> tuple[list[float], list[torch.Tensor]]:
+    """Both as numbers or both as tensors."""
+    numbers, tensors = [], []
+    for name, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if isinstance(scale, torch.Tensor):
+            scale = scale.reshape(-1) if scale.dim() == 0 else scale
+            shape = (1,) if scale.shape == (1,) else (key.shape[1],)
+            check.tensor(name, scale, dtypes=(torch.float32,), shape=shape, like=("append_key", key))
+            tensors.append(scale.contiguous())
+        else:
+            numbers.append(float(scale))
+    if numbers and tensors:
+        raise TypeError(
+            check.problem("v_scale", type(v_scale).__name__, "the type of k_scale", "Pass two numbers or two tensors.")
         )
+    return ([] if numbers == [1.0, 1.0] else numbers), tensors

@@ -19,6 +19,7 @@ import multiprocessing
 import os
 import pkgutil
 import re
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -26,6 +27,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -48,12 +50,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What a compilation gave. regs: registers a thread; spills, smem: bytes; problem: None, or why the gate fails."""
+    """What a compilation gave. regs: registers a thread; spills, smem: bytes; in_loop: spilling instructions in loops
+    that multiply matrices; problem: None, or why the gate fails."""
 
     name: str
     arch: str
     regs: int = 0
     spills: int = 0
+    in_loop: int = 0
     smem: int = 0
     seconds: float = 0.0
     problem: str | None = None
@@ -62,11 +66,18 @@ class Result:
 # --- which kernels there are ------------------------------------------------------------------------------------------
 
 
-def kernel_folders(package: str) -> list[str]:
-    """Dotted names of the folders of Triton kernels under the ops package; an op may have none."""
+def kernel_folders(package: str) -> list[list[str]]:
+    """For each op that has kernels, the dotted names of its folders of them; `device` is what the others share."""
     ops = importlib.import_module(package)
-    names = [f"{package}.{op.name}" for op in pkgutil.iter_modules(ops.__path__) if op.ispkg]
-    return [f"{name}.triton" for name in names if importlib.util.find_spec(f"{name}.triton") is not None]
+    found = []
+    for op in pkgutil.iter_modules(ops.__path__):
+        name = f"{package}.{op.name}"
+        if op.ispkg:
+            inside = pkgutil.iter_modules(importlib.import_module(name).__path__)
+            found.append(
+                [f"{name}.{m.name}" for m in inside if m.name in ("triton", "device") or m.name[:6] == "gluon_"]
+            )
+    return [folders for folders in found if folders]
 
 
 @cache
@@ -87,10 +98,11 @@ def modules_of(folder: str) -> list[ModuleType]:
     return [package, *(importlib.import_module(info.name) for info in infos)]
 
 
-def uncompiled_kernels(folder: str, cases: Iterable[GateCase]) -> list[str]:
-    """Jitted functions of `folder` that no case compiles, neither as its kernel nor as something a kernel calls."""
+def uncompiled_kernels(folders: Sequence[str], cases: Iterable[GateCase]) -> list[str]:
+    """Jitted functions of an op that no case compiles, neither as its kernel nor as something a kernel calls."""
     jitted = {
         value.__name__: value
+        for folder in folders
         for module in modules_of(folder)
         for value in vars(module).values()
         if is_jitted(value) and value.__module__ == module.__name__
@@ -127,15 +139,16 @@ def compile_task(task: Task) -> Result:
     case = cases_of(task.module)[task.case]
     start = time.perf_counter()
     try:
-        regs, spills, smem = measure(case, task.arch)
+        regs, spills, in_loop, smem = measure(case, task.arch)
     except Exception as error:
         return Result(name, task.arch, problem=f"{type(error).__name__}: {innermost(error)}")
     seconds = round(time.perf_counter() - start, 2)
-    return Result(name, task.arch, regs, spills, smem, seconds, over_limit(case, task.arch, spills, smem))
+    problem = over_limit(case, task.arch, spills, in_loop, smem)
+    return Result(name, task.arch, regs, spills, in_loop, smem, seconds, problem)
 
 
-def measure(case: GateCase, arch: str) -> tuple[int, int, int]:
-    """Registers a thread, spilled bytes and shared memory in bytes of `case` compiled for `arch`."""
+def measure(case: GateCase, arch: str) -> tuple[int, int, int, int]:
+    """Registers a thread, spilled bytes, spilling instructions in loops that multiply, bytes of shared memory."""
     import triton
     from triton import knobs
     from triton.compiler import ASTSource
@@ -157,7 +170,42 @@ def measure(case: GateCase, arch: str) -> tuple[int, int, int]:
         options = {"enable_fp_fusion": True, **case.options}
         compiled = triton.compile(source, target=target_of(arch), options=options)
     regs, spills = amd_usage(compiled.asm["amdgcn"]) if arch.startswith("gfx") else nvidia_usage(log.getvalue())
-    return regs, spills, int(compiled.metadata.shared)
+    in_loop = spills_in_loops(disassemble(compiled.asm["cubin"])) if spills and "cubin" in compiled.asm else 0
+    return regs, spills, in_loop, int(compiled.metadata.shared)
+
+
+def disassemble(cubin: bytes) -> str:
+    """SASS by the nvdisasm that comes with Triton."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+
+
+def spills_in_loops(sass: str) -> int:
+    """Loads and stores of local memory inside of innermost loops with matrix products.
+
+    A loop goes from the target of a conditional backward branch to the branch; an unconditional one comes back from the
+    waits, which the compiler puts behind the code proper.
+    """
+    code: list[str] = []
+    labels: dict[str, int] = {}
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label.group(1)] = len(code)
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            code.append(instruction.group(1))
+    loops = []
+    for end, text in enumerate(code):
+        branch = re.match(r"@!?U?P\d+ BRA.*(\.L_x_\d+)", text)
+        begin = labels.get(branch.group(1), end) if branch else end
+        if begin < end and any("MMA" in t for t in code[begin:end]):
+            loops.append((begin, end))
+    innermost = [a for a in loops if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    return sum(bool(re.search(r"\b(STL|LDL)\b", t)) for begin, end in innermost for t in code[begin:end])
 
 
 def target_of(arch: str) -> Any:
@@ -181,9 +229,11 @@ def amd_usage(assembly: str) -> tuple[int, int]:
     return fields["vgpr_count"], 4 * fields["vgpr_spill_count"]
 
 
-def over_limit(case: GateCase, arch: str, spills: int, smem: int) -> str | None:
+def over_limit(case: GateCase, arch: str, spills: int, in_loop: int, smem: int) -> str | None:
     """Why the compiled kernel is refused; None if it is within its limits."""
-    if spills > case.max_spill_bytes:
+    if case.max_spill_bytes is None and in_loop:
+        return f"{in_loop} spilling instructions in a loop that multiplies matrices"
+    if case.max_spill_bytes is not None and spills > case.max_spill_bytes:
         return f"spills {spills} bytes, {case.max_spill_bytes} allowed"
     if smem > LIMITS[arch]:
         return f"takes {smem} bytes of shared memory, {arch} has {LIMITS[arch]}"
@@ -204,44 +254,56 @@ def plan_run(package: str, wanted: str) -> tuple[list[Task], list[str]]:
     """The compilations whose name or architecture contains `wanted`, and what is wrong before any of them."""
     tasks: list[Task] = []
     problems: list[str] = []
-    for folder in kernel_folders(package):
-        gate = f"{folder}.gate"
-        if importlib.util.find_spec(gate) is None:
-            problems.append(f"{folder}: kernels without a gate.py. Add one with cases() -> Iterable[GateCase].")
-            continue
-        cases = cases_of(gate)
+    for folders in kernel_folders(package):
+        cases: dict[str, dict[str, GateCase]] = {}
+        for folder in folders:
+            gate = f"{folder}.gate"
+            if importlib.util.find_spec(gate) is not None:
+                cases[gate] = cases_of(gate)
+            elif not folder.endswith(".device"):
+                problems.append(f"{folder}: kernels without a gate.py. Add one with cases() -> Iterable[GateCase].")
+        everything = [case for of_gate in cases.values() for case in of_gate.values()]
         problems += [
-            f"{folder}: {name} is compiled by no case. Add it to {gate}, or delete it."
-            for name in uncompiled_kernels(folder, cases.values())
+            f"{folders[0].rpartition('.')[0]}: {name} is compiled by no case. Add it to a gate.py, or delete it."
+            for name in (uncompiled_kernels(folders, everything) if everything else ())
         ]
-        unknown = {arch for case in cases.values() for arch in case.archs} - LIMITS.keys()
-        problems += [f"{gate}: unknown architecture {arch!r}; known: {', '.join(LIMITS)}" for arch in sorted(unknown)]
+        unknown = {arch for case in everything for arch in case.archs} - LIMITS.keys()
+        problems += [
+            f"{folders}: unknown architecture {arch!r}; known: {', '.join(LIMITS)}" for arch in sorted(unknown)
+        ]
         tasks += [
             Task(gate, case.name, arch)
-            for case in cases.values()
+            for gate, of_gate in cases.items()
+            for case in of_gate.values()
             for arch in case.archs
-            if arch in LIMITS and wanted in f"{folder}/{case.name} {arch}"
+            if arch in LIMITS and wanted in f"{gate.removesuffix('.gate')}/{case.name} {arch}"
         ]
     return tasks, problems
 
 
 def compile_all(tasks: Sequence[Task], jobs: int) -> Iterator[Result]:
-    """Results in the order of the tasks, each as soon as it is there."""
-    if jobs <= 1:
-        yield from map(compile_task, tasks)
-        return
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        yield from pool.imap(compile_task, tasks)
+    """Results as soon as they are there, architecture by architecture.
+
+    Each has processes of its own: Triton 3.6 keeps the conversions of fp8 for the first architecture that a process
+    compiles them for, and sm89 then gets an instruction of sm90.
+    """
+    for arch in dict.fromkeys(task.arch for task in tasks):
+        chosen = [task for task in tasks if task.arch == arch]
+        with multiprocessing.get_context("spawn").Pool(min(jobs, len(chosen))) as pool:
+            yield from pool.imap(compile_task, chosen)
 
 
 def report(results: Iterable[Result]) -> list[Result]:
     """Print one line a result, as they come; return them all."""
-    print(f"{'kernel':56} {'arch':7} {'regs':>5} {'spills':>7} {'smem':>8} {'seconds':>8}", flush=True)
+    print(f"{'kernel':56} {'arch':7} {'regs':>5} {'spills':>7} {'in loop':>7} {'smem':>8} {'seconds':>8}")
     seen = []
     for r in results:
         seen.append(r)
         verdict = f"  FAILED: {r.problem}" if r.problem else ""
-        print(f"{r.name:56} {r.arch:7} {r.regs:5} {r.spills:7} {r.smem:8} {r.seconds:8.2f}{verdict}", flush=True)
+        print(
+            f"{r.name:56} {r.arch:7} {r.regs:5} {r.spills:7} {r.in_loop:7} {r.smem:8} {r.seconds:8.2f}{verdict}",
+            flush=True,
+        )
     return seen
 
 

@@ -1,4 +1,4 @@
-"""Calls decode, prefill, append and merge once each, small, on the GPU: what compute-sanitizer watches.
+"""Calls decode, prefill, append, merge, norms and activations, small, on the GPU: what compute-sanitizer watches.
 
 Each result is compared with torch in fp64, so that a clean report cannot come from kernels that did nothing.
 Lengths are odd on purpose: last pages part full, tiles cut off, one request without KV. `python3 -m
@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 import flashinfer
+from flashinfer.core.arch import arch_of
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
 PAGE_SIZE = 4
@@ -102,6 +103,34 @@ def prefill_ragged() -> None:
     compare("prefill, ragged", wrapper.run(q, k, v), torch.cat([expected(*part, causal=True) for part in parts]))
 
 
+def prefill_hopper() -> None:
+    """The kernel of its own, where there is one: ragged, and pages of 8 that end inside of a box."""
+    if not arch_of(DEVICE).has_wgmma:
+        print("prefill on Hopper: not on this device")
+        return
+    for dim, qo_lens, kv_lens in ((64, (130, 1, 0, 70), (200, 3, 9, 70)), (128, (257,), (300,)), (256, (65,), (65,))):
+        q, k, v = normal(sum(qo_lens), 4, dim), normal(sum(kv_lens), 2, dim), normal(sum(kv_lens), 2, dim)
+        parts = list(zip(q.split(qo_lens), k.split(kv_lens), v.split(kv_lens), strict=True))
+        want = torch.cat([expected(*part, causal=True) for part in parts])
+        ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace(), "NHD", backend="fa3")
+        ragged.plan(indptr(qo_lens), indptr(kv_lens), 4, 2, dim, causal=True, q_data_type=q.dtype)
+        compare(f"prefill on Hopper, ragged, {dim}", ragged.run(q, k, v), want)
+        counts = tuple(-(-n // 8) for n in kv_lens)
+        cache = torch.full((sum(counts), 2, 8, 2, dim), float("nan"), device=DEVICE, dtype=q.dtype)
+        first = 0
+        for n, count, (_, k_part, v_part) in zip(kv_lens, counts, parts, strict=True):
+            for i, x in enumerate((k_part, v_part)):
+                cache[first : first + count, i] = torch.nn.functional.pad(
+                    x, (0, 0, 0, 0, 0, count * 8 - n), value=float("nan")
+                ).view(count, 8, 2, dim)
+            first += count
+        paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(), "NHD", backend="fa3")
+        last = torch.tensor([(n - 1) % 8 + 1 for n in kv_lens], device=DEVICE).int()
+        pages = (indptr(counts), torch.arange(sum(counts), device=DEVICE).int(), last)
+        paged.plan(indptr(qo_lens), *pages, 4, 2, dim, 8, causal=True, q_data_type=q.dtype)
+        compare(f"prefill on Hopper, paged, {dim}", paged.run(q, cache), want)
+
+
 def merge() -> None:
     (v_a, v_b), (s_a, s_b) = ([normal(7, 3, 64) for _ in range(2)], [normal(7, 3).float() for _ in range(2)])
     weights = torch.stack([s_a, s_b]).double().mul(torch.tensor(2.0).log()).softmax(0)[..., None]
@@ -111,6 +140,26 @@ def merge() -> None:
     compare("merge_states", flashinfer.merge_states(values, lse)[0], want)
 
 
+def norms() -> None:
+    """Few rows and many, odd widths, views; each row of blocks that are not whole."""
+    for rows, width in ((3, 577), (1001, 40)):
+        wide, residual, weight = normal(rows, width + 8), normal(rows, width), normal(width)
+        x = wide[:, :width]
+        want = torch.nn.functional.rms_norm(x.double(), (width,), weight.double(), 1e-6)
+        compare(f"rmsnorm {rows} x {width}", flashinfer.rmsnorm(x, weight), want)
+        total = x.double() + residual.double()
+        flashinfer.fused_add_rmsnorm(x, residual, weight)
+        compare(f"fused_add_rmsnorm {rows} x {width}", residual, total)
+
+
+def activations() -> None:
+    """Tiles cut off on both sides."""
+    for rows, width in ((3, 1000), (4001, 1032)):
+        x = normal(rows, 2 * width)
+        a, gate = x.double().chunk(2, -1)
+        compare(f"silu_and_mul {rows} x {width}", flashinfer.silu_and_mul(x), torch.nn.functional.silu(a) * gate)
+
+
 if __name__ == "__main__":
-    for case in (decode, prefill_paged, prefill_ragged, merge):
+    for case in (decode, prefill_paged, prefill_ragged, prefill_hopper, merge, norms, activations):
         case()  # comparing reads the result, so it waits for the device

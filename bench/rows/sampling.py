@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import flashinfer
-from bench.registry import Peer, Row, Sample
+from bench.record import Peer, Row, Sample
 from flashinfer import sampling, topk
 
 VOCAB = 128_256

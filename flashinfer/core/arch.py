@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -13,16 +14,23 @@ class Arch:
     """What a kernel's support and configuration may depend on.
 
     name: "cpu" or "smXX". num_sms: multiprocessors. smem_bytes: shared memory one program may take, in bytes.
+    triton: the release that compiles for it, None where there is none.
     """
 
     name: str
     num_sms: int
     smem_bytes: int
+    triton: str | None = None
 
     @property
     def has_wgmma(self) -> bool:
         """Whether matrix products take operands and accumulate as Hopper's warpgroup instructions do."""
         return self.name == "sm90"
+
+    @property
+    def converts_to_fp8(self) -> bool:
+        """Whether Triton rounds fp32 to fp8 in one instruction, saturating (for sm_89, 3.6 goes through fp16)."""
+        return self.name.startswith("sm") and int(self.name[2:]) >= 90
 
     @property
     def is_cpu(self) -> bool:
@@ -34,12 +42,19 @@ CPU = Arch("cpu", num_sms=4, smem_bytes=0)
 SMEM_BYTES = {"sm80": 166_912, "sm86": 101_376, "sm89": 101_376, "sm90": 232_448, "sm100": 232_448, "sm120": 101_376}
 
 
+def _triton() -> str | None:
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return None
+
+
 @cache
 def _cuda(index: int) -> Arch:
     properties = torch.cuda.get_device_properties(index)
     name = f"sm{properties.major}{properties.minor}"
     # An unknown architecture gets what every CUDA device gives a program without opting in.
-    return Arch(name, properties.multi_processor_count or 1, SMEM_BYTES.get(name, 49_152))
+    return Arch(name, properties.multi_processor_count or 1, SMEM_BYTES.get(name, 49_152), _triton())
 
 
 def arch_of(device: torch.device) -> Arch:

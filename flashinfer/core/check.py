@@ -9,6 +9,7 @@ import torch
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
+FP8_MANTISSA_BITS = {torch.float8_e4m3fn: 3, torch.float8_e5m2: 2}
 INDEX_DTYPES = (torch.int32,)
 
 
@@ -70,6 +71,15 @@ def _shape(name: str, x: torch.Tensor, shape: Sequence[int | None]) -> None:
             )
         )
     raise ValueError(problem(name, f"shape {list(x.shape)}", f"shape {want}", "Pass a tensor of that shape."))
+
+
+def scalar(name: str, x: Any, like: tuple[str, torch.Tensor]) -> torch.Tensor:
+    """Check that `x` is an fp32 tensor of one element on the device of `like`; return it. Always a ValueError."""
+    if not isinstance(x, torch.Tensor) or x.numel() != 1:
+        got = f"shape {list(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+        fix = f"Pass torch.tensor([...], device={like[0]}.device)."
+        raise ValueError(problem(name, got, "a tensor of one element", fix))
+    return tensor(name, x, dtypes=(torch.float32,), like=like)
 
 
 def choice(name: str, value: Any, allowed: Collection[Any], error: type[Exception] = ValueError) -> Any:

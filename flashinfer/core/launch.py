@@ -7,6 +7,7 @@ the H200 machine, 2026-11-21). Here the caller names everything that the compile
 from __future__ import annotations
 
 from collections.abc import Hashable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -51,9 +52,21 @@ class Prebound:
             compiled[grid](*args)
 
 
+@lru_cache(maxsize=4096)
+def token(*parts: Hashable) -> object:
+    """One object for equal `parts`: a part of a key that hashes and compares by identity, which is quicker."""
+    return object()
+
+
 def alignment(*tensors: torch.Tensor | None) -> int:
     """One bit a tensor: whether it begins on 16 bytes, which Triton specialises pointers for."""
     bits = 0
     for tensor in tensors:
         bits = bits << 1 | (tensor is not None and tensor.data_ptr() & 15 == 0)
     return bits
+
+
+@lru_cache(maxsize=4096)
+def integer_classes(integers: tuple[int, ...]) -> tuple[tuple[bool, bool, bool], ...]:
+    """What Triton specialises integers for; the values themselves would make a new key for every number of tokens."""
+    return tuple((n == 1, n % 16 == 0, n >= 2**31) for n in integers)

@@ -22,12 +22,14 @@ class BackendSupportedError(Exception):
 class Impl:
     """One row of an op's table.
 
-    module: dotted path, imported at first use. supports: `(spec, arch) -> None` or the reason why not.
+    module: dotted path, imported at first use. supports: `(spec, arch) -> None` or the reason why not. layout: the
+    same of the tensors of a run, whose strides and addresses no plan knows.
     """
 
     name: str
     module: str
     supports: Callable[[Any, Arch], str | None]
+    layout: Callable[[Any], str | None] = lambda tensors: None
 
     def load(self) -> ModuleType:
         return import_module(self.module)
@@ -49,19 +51,23 @@ GPU_ALIASES = {"fa2": "triton", "fa3": "gluon_sm90"}
 CPU_ALIASES = {"auto": "torch", "fa2": "torch", "fa3": "torch"}
 
 
+def wanted_name(arch: Arch, request: str) -> str:
+    """The table's name for what the caller asked for; "auto" stays."""
+    return (CPU_ALIASES if arch.is_cpu else GPU_ALIASES).get(request, request)
+
+
 def select(impls: Sequence[Impl], spec: object, arch: Arch, request: str = "auto") -> Impl:
     """The implementation that runs `spec` on `arch`.
 
     request: "auto" takes the first row that accepts; any other name is that row or an error.
     Raises ValueError for an unknown name, BackendSupportedError with every reason.
     """
-    aliases = CPU_ALIASES if arch.is_cpu else GPU_ALIASES
-    wanted = aliases.get(request, request)
+    wanted = wanted_name(arch, request)
     names = [impl.name for impl in impls]
     if wanted != "auto" and wanted not in names:
-        if request in aliases:
-            raise BackendSupportedError(f"backend {request!r} is {wanted!r} here, which this version does not have.")
-        known = ", ".join(repr(n) for n in dict.fromkeys(["auto", *names, *aliases]))
+        if wanted != request:
+            raise BackendSupportedError(f"backend {request!r} is {wanted!r} here, which this op does not have.")
+        known = ", ".join(repr(n) for n in dict.fromkeys(["auto", *names, *GPU_ALIASES]))
         raise ValueError(f"backend: got {request!r}, expected one of {known}. Pass one of these as backend.")
     reasons = []
     for impl in impls:

@@ -13,9 +13,9 @@ from flashinfer.core.select import BackendSupportedError
 from flashinfer.ops import page as ops
 from flashinfer.page import append_paged_kv_cache, get_batch_indices_positions, get_seq_lens
 from flashinfer.testing import poisoned
+from tests.ops.fp8_codes import FP8, nearest, same
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 LAYOUTS = ("NHD", "HND")
 
 
@@ -95,27 +95,8 @@ def test_batch_indices_positions_of_nothing(device: str) -> None:
 
 
 def expected_bytes(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`x` converted to `dtype`; fp8 from its two neighbours among all values: nearest even, saturating, NaN kept."""
-    if dtype not in FP8 or x.dtype == dtype:
-        return x.to(dtype)
-    wide = x.cpu().double()
-    values = torch.arange(128, dtype=torch.uint8).view(dtype).double()
-    values = values[values.isfinite()]
-    size = wide.abs().nan_to_num(nan=0.0).clamp(max=values[-1])
-    below = torch.searchsorted(values, size, right=True) - 1
-    above = (below + 1).clamp(max=len(values) - 1)
-    to_below, to_above = size - values[below], values[above] - size
-    up = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
-    code = torch.where(up, above, below).masked_fill(wide.isnan(), 0x7F) | (wide.signbit().long() << 7)
-    return code.to(torch.uint8).view(dtype).to(x.device)
-
-
-def same(got: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Equal bit for bit, save that NaNs may have any sign and payload."""
-    got, expected = got.float(), expected.float()
-    both_nan = got.isnan() & expected.isnan()
-    bits = got.view(torch.int32) == expected.view(torch.int32)
-    return bool((bits | both_nan).all())
+    """`x` converted to `dtype`."""
+    return x.to(dtype) if dtype not in FP8 or x.dtype == dtype else nearest(x, dtype)
 
 
 def make_cache(shape: tuple[int, ...], layout: str, form: str, dtype: torch.dtype, device: str) -> tuple:
@@ -155,7 +136,9 @@ def run(rows: tuple, tokens: list, cache: object, views: tuple, table: tuple, la
             key, value, batch_indices, positions, cache, indices, indptr, last_page_len, kv_layout=layout
         )
     else:
-        ops.append(ops.Append(key, value, *views, batch_indices, positions, indices, indptr), backend=backend)
+        ops.append(
+            ops.Append(key, value, *views, ops.PageTable(batch_indices, positions, indices, indptr)), backend=backend
+        )
 
 
 @dataclass
@@ -275,7 +258,7 @@ def test_append_nothing(backend: str, device: str) -> None:
         (rows, skip, int32([0, 9, 0, 5], device), empty, int32([0, 0], device)),
     ]
     for (key, value), batch_indices, positions, pages, ptr in cases:
-        ops.append(ops.Append(key, value, k, v, batch_indices, positions, pages, ptr), backend=backend)
+        ops.append(ops.Append(key, value, k, v, ops.PageTable(batch_indices, positions, pages, ptr)), backend=backend)
         append_paged_kv_cache(key, value, batch_indices, positions, (k, v), pages, ptr, int32([1], device))
         assert torch.equal(k, before[0]) and torch.equal(v, before[1])
 
@@ -318,7 +301,7 @@ def test_no_host_sync(backend: str) -> None:
         lengths = get_seq_lens(table[1], table[2], batch.page_size)
         where = get_batch_indices_positions(append_indptr, lengths, nnz + 3)
         append_paged_kv_cache(*rows, *where, cache, *table)
-        ops.append(ops.Append(*rows, *cache.unbind(1), *where, *table[:2]), backend=backend)
+        ops.append(ops.Append(*rows, *cache.unbind(1), ops.PageTable(*where, *table[:2])), backend=backend)
 
     step()
     torch.cuda.set_sync_debug_mode("error")
@@ -454,6 +437,6 @@ def test_index_function_range_errors() -> None:
 def test_unknown_backend(device: str) -> None:
     key = torch.randn(1, 1, 8, device=device)
     cache = torch.zeros(1, 1, 1, 8, device=device)
-    tensors = ops.Append(key, key, cache, cache, *(int32(x, device) for x in ([0], [0], [0], [0, 1])))
+    tensors = ops.Append(key, key, cache, cache, ops.PageTable(*(int32(x, device) for x in ([0], [0], [0], [0, 1]))))
     with pytest.raises(ValueError, match=r"backend: got 'cuda', expected one of 'auto', 'triton', 'torch'"):
         ops.append(tensors, backend="cuda")

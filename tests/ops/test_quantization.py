@@ -7,8 +7,15 @@ import pytest
 import torch
 
 from flashinfer.quantization import packbits, segment_packbits
+from tests.ops.backends import IMPLEMENTATIONS, force
 
 BITORDERS = ("big", "little")
+
+
+@pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test on every implementation, through the public functions."""
+    return force(monkeypatch, "quantization", request.param)
 
 
 def expected(bits: torch.Tensor, bitorder: str) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 
 from flashinfer import rope
 from flashinfer.testing import assert_close_to_oracle
+from tests.ops.backends import IMPLEMENTATIONS, force
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 Heads = torch.Tensor
@@ -66,6 +67,12 @@ def requests(lengths: list[int], device: str) -> tuple[Heads, Heads, Heads]:
     offsets = torch.randint(0, 500, (len(lengths),), dtype=torch.int32)
     positions = torch.cat([offset + torch.arange(n) for offset, n in zip(offsets, lengths, strict=True)])
     return indptr.to(device), offsets.to(device), positions.to(device)
+
+
+@pytest.fixture(autouse=True, params=IMPLEMENTATIONS)
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Every test on every implementation, through the public functions."""
+    return force(monkeypatch, "rope", request.param)
 
 
 LLAMA31 = {"low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}

@@ -14,10 +14,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import registry, report, run
-from bench.registry import ROWS, AttentionInputs, AttentionShape, Call, Row, attention_reference
+from bench import plot, registry, report, run
+from bench.record import COPY, Call, Row
+from bench.registry import ROWS
+from bench.rows import attention, elementwise
+from bench.rows.attention import AttentionInputs, AttentionShape, attention_reference
 from tools import gpu_bench, gpu_test
 
+ELEMENTWISE_OPS = (elementwise.rmsnorm, elementwise.fused_add_rmsnorm, elementwise.silu_and_mul)
 QUICK = ["--device", "cpu", "--warmup-ms", "1", "--rep-ms", "2", "--copy-mib", "1", "--matmul-n", "64"]
 TIMED_FIELDS = {"gate", "ms", "p20_ms", "p80_ms", "gb_per_s", "tflop_per_s", "copy_share", "matmul_share", "plan_us"}
 
@@ -61,7 +65,7 @@ def breaks(shape: AttentionShape, inputs: AttentionInputs) -> Call:
 
 
 def tiny_row() -> Row:
-    return registry.decode_row("tiny", (9, 9), 4, (4, 2, 16), "cpu")
+    return attention.decode_row("tiny", (9, 9), 4, (4, 2, 16), "cpu")
 
 
 def run_tiny(tmp_path: Path, row: Row, *options: str) -> tuple[int, dict[str, object]]:
@@ -79,14 +83,16 @@ def test_rows_are_well_formed() -> None:
     assert set(registry.COLD_ROWS) <= {row.name for row in ROWS if row.device == "cuda"}
     for row in ROWS:
         shape = row.shape
-        assert isinstance(shape, AttentionShape)
         assert row.device in ("cuda", "cpu")
+        assert row.peers, row.name
+        assert len({peer.name for peer in row.peers}) == len(row.peers)
+        assert shape.num_bytes > 0
+        json.dumps(shape.fields())
+        if not isinstance(shape, AttentionShape):
+            continue
         assert len(shape.qo_lens) == len(shape.kv_lens)
         assert all(1 <= qo <= kv for qo, kv in zip(shape.qo_lens, shape.kv_lens, strict=True)), row.name
         assert shape.num_qo_heads % shape.num_kv_heads == 0
-        assert row.peers, row.name
-        assert len({peer.name for peer in row.peers}) == len(row.peers)
-        json.dumps(shape.fields())
 
 
 def test_bytes_and_flops_of_known_rows() -> None:
@@ -98,8 +104,14 @@ def test_bytes_and_flops_of_known_rows() -> None:
     prefill = rows["prefill_ragged_b4_s4096_h32-8_d128_causal"]
     assert prefill.num_bytes == 4 * 4096 * (32 + 8 + 8 + 32) * 128 * 2
     assert prefill.num_flops == 4 * 32 * 128 * 4 * sum(range(1, 4097))
+    window = rows["prefill_ragged_b4_s4096_h32-8_d128_causal_window1023"]
+    assert window.num_flops == 4 * 32 * 128 * 4 * sum(min(i + 1, 1024) for i in range(4096))
+    assert rows["prefill_ragged_b4_s4096_h32-8_d128_causal_cap30"].num_flops == prefill.num_flops
     append = rows["append_page16_b16_q4_l4096_h32-8_d128_causal"]
     assert append.num_flops == 4 * 32 * 128 * 16 * (4093 + 4094 + 4095 + 4096)
+    assert rows["rmsnorm_4096_t1024"].num_bytes == 2 * 4096 * (2 * 1024 + 1)
+    assert rows["fused_add_rmsnorm_8192_t64"].num_bytes == 2 * 8192 * (4 * 64 + 1)
+    assert rows["silu_and_mul_14336_t1"].num_bytes == 2 * 14336 * 3
     skew = rows["decode_page16_skew_h32-8_d128"]
     assert isinstance(skew, AttentionShape)
     assert skew.batch_size == 64 and max(skew.kv_lens) == 65536 and sorted(skew.kv_lens)[-2] < 1024
@@ -111,41 +123,71 @@ def test_flops_count_the_visible_pairs(data: st.DataObject) -> None:
     kv_lens = data.draw(st.lists(st.integers(1, 30), min_size=1, max_size=4))
     qo_lens = [data.draw(st.integers(1, n)) for n in kv_lens]
     causal = data.draw(st.booleans())
-    shape = AttentionShape(tuple(qo_lens), tuple(kv_lens), 4, 2, 8, 0, causal, torch.float16)
+    window = data.draw(st.integers(-1, 8))
+    shape = AttentionShape(tuple(qo_lens), tuple(kv_lens), 4, 2, 8, 0, causal, torch.float16, window)
     visible = sum(
-        not causal or key <= kv - qo + query
+        (not causal or key <= kv - qo + query) and (window < 0 or key >= kv - qo + query - window)
         for qo, kv in zip(qo_lens, kv_lens, strict=True)
         for query in range(qo)
         for key in range(kv)
     )
     assert shape.num_flops == visible * 4 * (2 * 8 + 2 * 8)
-    inputs = registry.make_attention(shape, torch.Generator())
+    inputs = attention.make_attention(shape, torch.Generator())
     assert shape.num_bytes == 2 * inputs.q.nbytes + sum(x.nbytes for x in inputs.kv)
 
 
 @pytest.mark.parametrize("page_size", [0, 4])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("qo_len", [3, 9])
-def test_reference_and_peers_agree_with_a_plain_formula(page_size: int, causal: bool, qo_len: int) -> None:
+@pytest.mark.parametrize(("window", "cap"), [(-1, 0.0), (2, 0.0), (-1, 0.7), (4, 1.5)])
+def test_reference_and_peers_agree_with_a_plain_formula(
+    page_size: int, causal: bool, qo_len: int, window: int, cap: float
+) -> None:
     """The gate's reference and every CPU peer against softmax written out for one head at a time."""
-    shape = AttentionShape((qo_len,) * 2, (9, 9), 6, 2, 8, page_size, causal, torch.float32)
+    shape = AttentionShape((qo_len,) * 2, (9, 9), 6, 2, 8, page_size, causal, torch.float32, window, cap)
     generator = torch.Generator()
     generator.seed()
-    inputs = registry.make_attention(shape, generator)
+    inputs = attention.make_attention(shape, generator)
     want = []
     for request in range(2):
-        k, v = registry._request_kv(shape, inputs, request)
+        k, v = attention._request_kv(shape, inputs, request)
         for row, head in ((row, head) for row in range(qo_len) for head in range(6)):
             logits = k[:, head // 3].double() @ inputs.q[request * qo_len + row, head].double() / 8**0.5
-            logits = logits[: 9 - qo_len + row + 1] if causal else logits
-            want.append(logits.softmax(0) @ v[: len(logits), head // 3].double())
+            logits = cap * (logits / cap).tanh() if cap else logits
+            position = 9 - qo_len + row
+            sees = [(i <= position or not causal) and (i >= position - window or window < 0) for i in range(9)]
+            want.append(logits[sees].softmax(0) @ v[sees, head // 3].double())
     exact = torch.stack(want).view(2 * qo_len, 6, 8)
-    for sample in registry.attention_samples(shape, inputs, generator):
+    for sample in attention.attention_samples(shape, inputs, generator):
         torch.testing.assert_close(sample.exact, exact[sample.rows], rtol=1e-12, atol=1e-12)
-    for peer in (registry.SDPA_CPU, registry.GATHER_SDPA_CPU, registry.SDPA_FLASH):
+    for peer in (attention.SDPA_CPU, attention.GATHER_SDPA_CPU, attention.SDPA_FLASH):
+        if cap or window >= 0:
+            with pytest.raises(NotImplementedError, match="soft cap" if cap else "window"), peer.open(shape, inputs):
+                pass
+            continue
         with peer.open(shape, inputs) as call:
             assert peer.layout is not None
             torch.testing.assert_close(peer.layout(call()).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("changed", [{"window_left": 3}, {"logits_soft_cap": 0.5}])
+def test_the_gate_sees_a_window_or_soft_cap_left_out(tmp_path: Path, changed: dict[str, float]) -> None:
+    plain = replace(attention.prompts(2, 9, (4, 2, 16), True), dtype=torch.float32)
+    row = replace(attention.prefill_row(replace(plain, **changed)), device="cpu", peers=())
+    assert run_tiny(tmp_path, replace(row, call=reference_call))[0] == 0
+    without = replace(row, call=lambda shape, inputs: reference_call(plain, inputs))
+    code, results = run_tiny(tmp_path, without)
+    assert code == 1 and "relative error" in results["rows"][0]["reason"]
+
+
+def test_index_arrays_are_on_the_host_and_few_first_calls_are_timed() -> None:
+    """As engines have them, so that plans know their rows; and each first call costs a process."""
+    shape = replace(attention.prompts(2, 9, (4, 2, 16), True), page_size=4)
+    inputs = attention.make_attention(shape, torch.Generator())
+    assert {x.device.type for x in (inputs.qo_indptr, inputs.kv_indptr, inputs.last_page_len)} == {"cpu"}
+    assert len(registry.COLD_ROWS) <= 5
+    dims = {row.shape.head_dim for row in ROWS if row.name in registry.COLD_ROWS and row.op == "prefill"}
+    assert dims == {64, 128, 256}
 
 
 # ---- the run
@@ -179,14 +221,46 @@ def test_a_right_row_is_timed_and_every_field_is_written(tmp_path: Path, capsys:
 
 
 def test_public_wrappers_pass_the_gate_on_the_cpu(tmp_path: Path) -> None:
+    plain = replace(attention.prompts(2, 9, (4, 2, 16), True), dtype=torch.float32)
+    paged = replace(plain, page_size=4, causal=False)
+    shapes = (plain, paged, replace(plain, window_left=3), replace(plain, logits_soft_cap=1.5))
     for row in (
         tiny_row(),
-        replace(registry.append_row(2, 3, 9, page_size=4), device="cpu", peers=(registry.SDPA_CPU,)),
-        replace(registry.prefill_row(2, 9, 0, True, (4, 2, 16)), device="cpu", peers=(registry.SDPA_CPU,)),
-        replace(registry.prefill_row(2, 9, 4, False, (4, 2, 16)), device="cpu", peers=(registry.SDPA_CPU,)),
+        replace(attention.append_row(2, 3, 9, page_size=4), device="cpu", peers=(attention.SDPA_CPU,)),
+        *(replace(attention.prefill_row(shape), device="cpu", peers=(attention.SDPA_CPU,)) for shape in shapes),
+        replace(attention.prefill_row(plain, "fa2"), device="cpu", peers=(attention.SDPA_CPU,)),
     ):
         code, results = run_tiny(tmp_path, row)
         assert code == 0, results["rows"]
+
+
+ELEMENTWISE = {op.name: op for op in (f(16) for f in ELEMENTWISE_OPS)}
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_elementwise_rows_pass_the_gate_on_the_cpu(tmp_path: Path, name: str, tokens: int) -> None:
+    row = replace(elementwise.row(ELEMENTWISE[name], tokens, "cpu"), peers=(COPY,))
+    code, results = run_tiny(tmp_path, row)
+    assert code == 0, results["rows"]
+    (entry,) = results["rows"]
+    assert entry["flops"] == 0 and entry["gb_per_s"] > 0 and entry["peers"]["copy_same_bytes"]["ms"] > 0
+    assert "of copy" in report.to_markdown(results)
+
+
+@pytest.mark.parametrize("name", ELEMENTWISE)
+def test_elementwise_rows_that_are_wrong_fail(tmp_path: Path, name: str) -> None:
+    """The last token off by a hundredth; and a call that leaves its output as it was."""
+    op = ELEMENTWISE[name]
+
+    def wrong(tensors: dict[str, torch.Tensor]) -> None:
+        op.run(tensors)
+        tensors[op.in_place[0] if op.in_place else "out"][-1] *= 1.01
+
+    for run_it in (wrong, lambda tensors: None):
+        row = replace(elementwise.row(replace(op, run=run_it), 5, "cpu"), peers=())
+        code, results = run_tiny(tmp_path, row)
+        assert code == 1 and results["rows"][0]["status"] == "failed"
 
 
 @pytest.mark.parametrize(
@@ -223,7 +297,7 @@ def test_the_gate_sees_one_wrong_head_of_one_request(tmp_path: Path, request_ind
 
 
 def test_a_peer_that_computes_something_else_is_not_compared(tmp_path: Path) -> None:
-    doubled = replace(registry.SDPA_CPU, layout=lambda out: 2 * registry.SDPA_CPU.layout(out))
+    doubled = replace(attention.SDPA_CPU, layout=lambda out: 2 * attention.SDPA_CPU.layout(out))
     code, results = run_tiny(tmp_path, replace(tiny_row(), call=reference_call, peers=(doubled,)))
     assert code == 0
     assert "relative error" in results["rows"][0]["peers"]["sdpa"]["reason"]
@@ -269,6 +343,28 @@ def test_report_shows_figures_peers_and_what_is_missing(tmp_path: Path) -> None:
     assert f"| `{row.name}` | {1e3 * results['rows'][0]['ms']:.1f} |" in text
     for part in ("commit `c0ffee`", "**failed**", "it was wrong", "no such backend", "| 0.25 | 1.50 |"):
         assert part in text
+
+
+def test_the_roofline_is_a_png_with_a_marker_for_each_row(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _, results = run_tiny(tmp_path, replace(tiny_row(), call=reference_call))
+    (row,) = results["rows"]
+    rows = [{**row, "name": f"row {i}", "op": op} for i, op in enumerate(("decode", "decode", "prefill"))]
+    skipped = [{**row, "flops": 0}, {"name": "b", "op": "decode", "status": "failed", "reason": "it was wrong"}]
+    results["rows"] = [*rows, *skipped]
+    axes = plot.draw(results).axes[0]
+    assert {line.get_label(): len(line.get_xdata()) for line in axes.lines[1:]} == {"decode": 2, "prefill": 1}
+    roof = axes.lines[0].get_ydata()
+    assert roof[1] == roof[2] == results["ceilings"]["matmul_tflop_per_s"] and roof[0] < roof[1]
+    assert [text.get_text() for text in axes.texts] == ["1", "2", "3"]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i]), "three rows at one place"
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    assert plot.main([str(tmp_path / "results.json")]) == 0
+    assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
+    results["rows"] = skipped
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot.draw(results)
 
 
 # ---- the GPU machine's scripts

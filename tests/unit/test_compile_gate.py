@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from flashinfer.testing.gate import GateCase
-from tools.compile_gate import amd_usage, nvidia_usage, over_limit
+from tools.compile_gate import amd_usage, nvidia_usage, over_limit, spills_in_loops
 
 ROOT = Path(__file__).resolve().parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -124,11 +124,11 @@ def test_pointers_are_aligned_by_default() -> None:
 def test_limits() -> None:
     """Spills and shared memory are refused past the limit, and only past it."""
     case = GateCase("case", None, {}, max_spill_bytes=8)
-    assert over_limit(case, "sm89", spills=8, smem=101_376) is None
-    assert over_limit(case, "sm90", spills=0, smem=101_377) is None
-    assert "spills 12 bytes, 8 allowed" in str(over_limit(case, "sm89", spills=12, smem=0))
-    assert "sm89 has 101376" in str(over_limit(case, "sm89", spills=0, smem=101_377))
-    assert "gfx942 has 65536" in str(over_limit(case, "gfx942", spills=0, smem=65_537))
+    assert over_limit(case, "sm89", spills=8, in_loop=3, smem=101_376) is None
+    assert over_limit(case, "sm90", spills=0, in_loop=0, smem=101_377) is None
+    assert "spills 12 bytes, 8 allowed" in str(over_limit(case, "sm89", spills=12, in_loop=0, smem=0))
+    assert "sm89 has 101376" in str(over_limit(case, "sm89", spills=0, in_loop=0, smem=101_377))
+    assert "gfx942 has 65536" in str(over_limit(case, "gfx942", spills=0, in_loop=0, smem=65_537))
 
 
 def test_compiler_reports_are_read() -> None:
@@ -141,3 +141,22 @@ def test_compiler_reports_are_read() -> None:
     with pytest.raises(RuntimeError, match="no register count"):
         nvidia_usage("")
     assert amd_usage("    .vgpr_count:     96\n    .vgpr_spill_count: 3\n") == (96, 12)
+
+
+SASS = """
+.L_x_1:
+        /*0000*/                   LDL R1, [R2] ;
+.L_x_2:
+        /*0010*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR12], RZ, !UPT ;
+        /*0020*/                   {spill} ;
+        /*0030*/              @!P0 BRA `(.L_x_2) ;
+        /*0040*/                   STL [R1], R3 ;
+        /*0050*/               @P1 BRA `(.L_x_1) ;
+"""
+
+
+@pytest.mark.parametrize(("spill", "count"), [("STL [R1+0x8], R3", 1), ("FADD R1, R2, R3", 0)])
+def test_spills_count_in_the_innermost_loop_that_multiplies(spill: str, count: int) -> None:
+    assert spills_in_loops(SASS.replace("{spill}", spill)) == count
+    case = GateCase("case", None, {}, max_spill_bytes=None)
+    assert (over_limit(case, "sm90", 100, count, 0) is None) == (count == 0)

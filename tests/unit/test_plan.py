@@ -130,7 +130,7 @@ def test_device_planner_agrees_with_its_twin(requests, page_size, causal, window
     last = (kv - (pages - 1) * page_size).int().to(device)
     spec = AttentionSpec(6, 2, 32, 32, page_size, True, torch.float16, torch.float16, torch.float16, uniform)
     batch = Batch(None if uniform else indptrs[0], indptrs[1], None, last, len(requests), int(qo.sum()))
-    variant = Options.of(32, causal, window, None, "NONE", None, (None, None)).variant(6, 32, device, None)
+    variant = Options.of(32, causal, window, None, "NONE", None, (None, None)).variant(spec, device, None)
     plan = launch.plan(spec, batch, variant, Arena(device))
     cfg = plan.launch.kernel
     twin = schedule(

@@ -58,17 +58,18 @@ class Options:
             1e4 if rope[1] is None else float(rope[1]),
         )
 
-    def variant(self, num_qo_heads: int, head_dim: int, device: torch.device, mask: Variant | None) -> Variant:
+    def variant(self, spec: AttentionSpec, device: torch.device, mask: Variant | None) -> Variant:
         """The composition: rotation, soft cap, then bias, then masks; a custom mask takes causal's place."""
         from flashinfer.ops.attention import variants  # imports Triton where it is installed
 
         result = Variant()
         if self.pos_encoding_mode == "ROPE_LLAMA":
-            result &= variants.rope(self.rope_scale, self.rope_theta, head_dim)
+            result &= variants.rope(self.rope_scale, self.rope_theta, spec.head_dim_qk)
         if self.logits_soft_cap > 0:
-            result &= variants.soft_cap(self.logits_soft_cap)
+            nvidia = device.type == "cuda" and torch.version.hip is None
+            result &= variants.soft_cap(self.logits_soft_cap, fast=nvidia and spec.q_dtype.itemsize < 4)
         if self.pos_encoding_mode == "ALIBI":
-            result &= variants.alibi(_slopes(num_qo_heads, device))
+            result &= variants.alibi(_slopes(spec.num_qo_heads, device))
         if mask is not None:
             result &= mask
         elif self.causal:

@@ -89,7 +89,10 @@ def _attend_request(
     k, v = (_gather(spec, plan, cache, request, lo, hi) for cache in caches)
     if _is_fusable(tensors.q, k, v, variant, scales):
         here = slice(request.q_begin, request.q_end)
-        _store(tensors, here, *_attend_fused(spec, tensors.q[here], k, v, scales))
+        out, lse = _attend_fused(spec, tensors.q[here], k, v, scales)
+        if tensors.lse is not None and work != k.dtype:
+            lse = _lse(spec, tensors.q[here].to(work), k.to(work), scales)
+        _store(tensors, here, out, lse)
         return
     # [num_kv_heads, tokens, dim]
     k, v = _rotate(variant, k.to(work), lo).transpose(0, 1), v.to(work).transpose(0, 1)
@@ -146,9 +149,8 @@ def _is_fusable(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, variant: Vari
     """Plain softmax attention that torch's fused CPU kernel takes."""
     scaled = scales.output_scale != 1.0 or any(x is not None for x in (scales.logits, scales.output, scales.sinks))
     same = q.dtype == k.dtype == v.dtype and k.shape == v.shape
-    return (
-        not variant.parts and not scaled and same and q.device.type == "cpu" and q.dtype.itemsize > 1 and k.shape[0] > 0
-    )
+    cpu = q.device.type == "cpu" and q.dtype.itemsize > 1
+    return cpu and same and not variant.parts and not scaled and k.shape[0] > 0
 
 
 def _attend_fused(
@@ -156,7 +158,8 @@ def _attend_fused(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `_attend_rows` without variants, k and v `[tokens, num_kv_heads, dim]`, by torch's fused kernel.
 
-    It is what scaled_dot_product_attention runs on a CPU; this entry gives the lse too, and takes K and V strided.
+    It is what scaled_dot_product_attention runs on a CPU; this entry gives the lse too, and takes K and V strided. Its
+    exponentials of 16-bit inputs are coarser than an lse may be: see `_lse`.
     """
     rows, heads = q.shape[0], spec.num_qo_heads
     packed = q.transpose(0, 1).reshape(1, spec.num_kv_heads, spec.group_size * rows, -1)
@@ -164,6 +167,14 @@ def _attend_fused(
         packed, k.transpose(0, 1)[None], v.transpose(0, 1)[None], scale=scales.sm_scale
     )
     return out.reshape(heads, rows, -1), lse.reshape(heads, rows)
+
+
+def _lse(spec: AttentionSpec, q: torch.Tensor, k: torch.Tensor, scales: Scales) -> torch.Tensor:
+    """The natural lse `[heads, rows]` of plain attention, in the dtype of q; k `[tokens, num_kv_heads, dim]`."""
+    packed = q.transpose(0, 1).reshape(spec.num_kv_heads, spec.group_size * q.shape[0], -1)
+    parts = (packed * scales.sm_scale).split(max(1, MAX_LOGITS // (spec.num_kv_heads * k.shape[0])), dim=1)
+    lse = torch.cat([(part @ k.permute(1, 2, 0)).logsumexp(-1) for part in parts], dim=1)
+    return lse.reshape(spec.num_qo_heads, q.shape[0])
 
 
 def _attend_rows(

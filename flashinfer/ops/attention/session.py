@@ -11,11 +11,11 @@ import torch
 
 from flashinfer.core import check
 from flashinfer.core.arch import arch_of
-from flashinfer.core.select import select
+from flashinfer.core.select import BackendSupportedError, Impl, select, triton_missing, wanted_name
 from flashinfer.core.workspace import Arena
 from flashinfer.ops.attention import IMPLS
 from flashinfer.ops.attention.options import Options
-from flashinfer.ops.attention.spec import AttentionSpec, Batch, Scales, Tensors
+from flashinfer.ops.attention.spec import AttentionSpec, Batch, Scales, Tensors, Workload
 from flashinfer.ops.attention.variant import Variant
 
 
@@ -25,6 +25,8 @@ class Session:
     device: of the queries. backend: the name asked for. buffer: the user's workspace or None. fixed_addresses: CUDA
     graphs replay this session's runs, so that plans write to where the first one did. extra: a user's variant, composed
     after the one that the options mean.
+
+    backend: the implementation in use. layout_problem: why the tensors of a run kept it from the first choice.
     """
 
     def __init__(
@@ -41,6 +43,8 @@ class Session:
         self.backend = backend
         self.fixed_addresses = fixed_addresses
         self.extra = extra
+        self.layout_problem: str | None = None
+        self._row: Impl | None = None
         self._impl: ModuleType | None = None
         self._batch: Batch | None = None
         self._mask: Variant | None = None
@@ -49,6 +53,7 @@ class Session:
         self._override: Options | None = None
         self._expected_rows: int | None = None
         self._checked: list[Any] = []
+        self._addresses: tuple[int, ...] = ()
 
     def plan(self, spec: AttentionSpec, batch: Batch, options: Options, mask: Variant | None = None) -> None:
         """Choose an implementation and schedule `batch`; waits for the first `run` where only that tells the rows.
@@ -58,11 +63,11 @@ class Session:
         if self._override is not None:
             # A captured `forward` gave its own options: the tables it replays with are made for these.
             options = self._override
-        variant = options.variant(spec.num_qo_heads, spec.head_dim_qk, self.device, mask)
+        variant = options.variant(spec, self.device, mask)
         if self.extra is not None:
             variant &= self.extra
-        spec = replace(spec, variant=variant.names)
-        impl = select(IMPLS, spec, arch_of(self.device), self.request)
+        rotates = bool(variant.having("query") or variant.having("key"))
+        spec = replace(spec, variant=variant.names, rotates=rotates)
         rows = batch.total_rows
         if self.fixed_addresses and self._rows is not None:
             # A captured run holds the first plan's tiles and tables: later batches fill them as far as they need.
@@ -70,11 +75,22 @@ class Session:
                 want = f"at most {self._rows}, those of the first plan, which a CUDA graph may hold"
                 raise ValueError(check.problem("qo_indptr", f"{rows} rows", want, "Plan the largest batch first."))
             rows = self._rows
-        self._impl, self.backend = impl.load(), impl.name
+        self._use(self._choice(spec, batch, rows))
+        self.layout_problem = None
         self.spec, self.options, self.variant, self._batch, self._mask = spec, options, variant, batch, mask
         self._plan, self._checked, self._expected_rows = None, [], batch.total_rows
         if rows is not None:
             self._schedule(rows)
+
+    def _choice(self, spec: AttentionSpec, batch: Batch, rows: int | None) -> Impl:
+        """The row of the table for this batch of `rows` queries; what runs best only matters where nobody chose."""
+        arch = arch_of(self.device)
+        if rows is not None and spec.split_kv and wanted_name(arch, self.request) == "auto":
+            spec = replace(spec, workload=Workload.of(rows, batch.batch_size))
+        return select(IMPLS, spec, arch, self.request)
+
+    def _use(self, row: Impl) -> None:
+        self._row, self._impl, self.backend = row, row.load(), row.name
 
     def invalidate(self) -> None:
         """Forget the plan: its memory is gone."""
@@ -113,24 +129,56 @@ class Session:
         q, k, v = qkv
         # Layers of a model come with the same layouts: what was checked for one need not be checked for the next.
         layouts = [(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v, out, lse) if x is not None]
-        if layouts != self._checked:
+        addresses = tuple(x.data_ptr() % 16 for x in qkv)
+        if layouts != self._checked or addresses != self._addresses:
             self._check(q, k, v, out, lse)
-            self._checked = layouts
+            self._settle(Tensors(q, k, v, q if out is None else out, lse))
+            self._checked, self._addresses = layouts, addresses
         if self._plan is None:
-            self._expected_rows = q.shape[0]
             self._schedule(q.shape[0])
         rows, heads = q.shape[0], self.spec.num_qo_heads
-        # Rows that belong to no request are 0 and -inf.
-        covered = self._batch.covers_rows and not self.fixed_addresses
+        given = out is not None, lse is not None
         if out is None:
-            make = torch.empty if covered else torch.zeros
-            out = make((rows, heads, self.spec.head_dim_vo), dtype=self.spec.o_dtype, device=self.device)
+            out = torch.empty((rows, heads, self.spec.head_dim_vo), dtype=self.spec.o_dtype, device=self.device)
         if return_lse and lse is None:
             lse = torch.empty((rows, heads), dtype=torch.float32, device=self.device)
-            if not covered:
-                lse.fill_(-math.inf)
+        if not (self._batch.covers_rows and not self.fixed_addresses):
+            self._fill_uncovered(None if given[0] else out, None if given[1] else lse)
         self._impl.run(self.spec, self._plan, Tensors(q, k, v, out, lse), self.variant, scales)
         return (out, lse) if return_lse and lse is not None else out
+
+    def _fill_uncovered(self, out: torch.Tensor | None, lse: torch.Tensor | None) -> None:
+        """Rows of our own tensors that belong to no request are 0 and -inf; the caller's are left alone."""
+        assert self._batch is not None
+        indptr = self._batch.qo_indptr
+        if out is not None and out.is_cuda and indptr is not None and triton_missing(arch_of(self.device)) is None:
+            from flashinfer.ops.attention.device.fill import fill_uncovered  # imports Triton
+
+            fill_uncovered(out, lse, indptr)
+            return
+        covered = 0 if indptr is not None else self._batch.batch_size * (self.spec.uniform_qo_len or 0)
+        if out is not None:
+            out[covered:].zero_()
+        if lse is not None:
+            lse[covered:].fill_(-math.inf)
+
+    def _settle(self, tensors: Tensors) -> None:
+        """Choose for these tensors: by their number of rows where no plan knew it, and by their layout."""
+        assert self._row is not None and self._batch is not None
+        if self._plan is None:
+            self._expected_rows = tensors.q.shape[0]
+            self._use(self._choice(self.spec, self._batch, self._expected_rows))
+        problem = self._row.layout(tensors)
+        if problem is None:
+            return
+        arch = arch_of(self.device)
+        if wanted_name(arch, self.request) != "auto":
+            raise BackendSupportedError(f"backend {self.request!r}: {problem}. Leave the backend to 'auto'.")
+        self.layout_problem = f"{self.backend}: {problem}"
+        self._use(select(IMPLS[IMPLS.index(self._row) + 1 :], self.spec, arch))
+        if self._plan is not None:
+            assert self._rows is not None
+            self._schedule(self._rows)
 
     def _check(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, lse: torch.Tensor | None

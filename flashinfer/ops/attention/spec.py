@@ -9,13 +9,28 @@ import torch
 
 
 @dataclass(frozen=True)
+class Workload:
+    """How much a batch asks for, in classes: queries of a request (mean) and of all requests, as powers of two."""
+
+    queries: int
+    rows: int
+
+    @classmethod
+    def of(cls, rows: int, batch_size: int) -> Workload:
+        """Both rounded down."""
+        return cls(*(1 << max(0, count.bit_length() - 1) for count in (rows // max(1, batch_size), rows)))
+
+
+@dataclass(frozen=True)
 class AttentionSpec:
     """One kind of attention problem: hashable, the key of every cache.
 
     num_qo_heads is a multiple of num_kv_heads. head_dim_qk, head_dim_vo: multiples of 8. page_size: tokens a page;
     1 for ragged KV, which has no page table (paged=False). uniform_qo_len: queries of every request when all have the
     same number (decode), else None and a `qo_indptr` says. split_kv=False keeps each query tile whole on one program
-    and fixes the tile sizes: the same request gives the same bits in any batch. variant: names of its parts.
+    and fixes the tile sizes: the same request gives the same bits in any batch. variant: names of its parts; rotates:
+    whether one of them changes queries or keys. workload: None where the choice of an implementation must not, or
+    cannot yet, depend on the batch.
     """
 
     num_qo_heads: int
@@ -30,6 +45,8 @@ class AttentionSpec:
     uniform_qo_len: int | None = None
     split_kv: bool = True
     variant: tuple[str, ...] = field(default=())
+    rotates: bool = False
+    workload: Workload | None = None
 
     @property
     def group_size(self) -> int:

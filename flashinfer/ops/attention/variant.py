@@ -53,7 +53,11 @@ class Twin:
 
 @dataclass(frozen=True)
 class Part:
-    """One named variant; see the module's docstring for the hooks. `captured`: tensors and Python numbers."""
+    """One named variant; see the module's docstring for the hooks. `captured`: tensors and Python numbers.
+
+    unit: (inner, outer), both > 0: the logits hook is given x * inner and returns logits / outer. Kernels merge these
+    factors with those that they multiply with anyway. The twin knows nothing of it.
+    """
 
     name: str
     twin: Twin
@@ -63,6 +67,7 @@ class Part:
     logits: Callable[..., Any] | None = None
     mask: Callable[..., Any] | None = None
     bounds: Callable[..., Any] | None = None
+    unit: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +89,15 @@ class Variant:
 
 
 def variant(
-    name: str, *, captured: tuple[Any, ...] = (), twin: Twin | None = None, **hooks: Callable[..., Any]
+    name: str,
+    *,
+    captured: tuple[Any, ...] = (),
+    twin: Twin | None = None,
+    unit: tuple[float, float] | None = None,
+    **hooks: Callable[..., Any],
 ) -> Variant:
     """A variant of one part: `variant("mine", captured=(t, 2.0), logits=hook, twin=Twin(logits=torch_function))`."""
-    return Variant((Part(name, twin or Twin(), captured, **hooks),))
+    return Variant((Part(name, twin or Twin(), captured, unit=unit, **hooks),))
 
 
 def clamped_bounds(variant: Variant, q_lo: Any, q_hi: Any, qo_len: Any, kv_len: Any, maximum: Any, minimum: Any) -> Any:

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
+from flashinfer.core.arch import Arch
+from flashinfer.core.check import FP8_DTYPES
+from flashinfer.ops.norm.spec import Norm, NormSpec
 
-def _rms(x: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float) -> torch.Tensor:
-    scale = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps)
-    return x * scale * (weight.float() + weight_bias)
+
+def bind(spec: NormSpec, arch: Arch) -> Callable[[Norm, float], None]:
+    """The call `(tensors, eps)` for one kind of norm."""
+    return partial(run, spec)
 
 
-def rmsnorm(input: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float, out: torch.Tensor) -> None:
-    """Write `input / sqrt(mean(input^2) + eps) * (weight + weight_bias)` to `out`, which may be `input`.
+@torch.no_grad()
+def run(spec: NormSpec, tensors: Norm, eps: float) -> None:
+    """Write `x / sqrt(mean(x^2) + eps) * (weight + weight_bias) + shift`, over scale, to `out`; x = input + residual.
 
-    Zhang and Sennrich, "Root Mean Square Layer Normalization", equation 4. weight_bias: 1 for Gemma, else 0.
+    Zhang and Sennrich, "Root Mean Square Layer Normalization", equation 4; centred: Ba et al., "Layer Normalization".
+    The sum is rounded where it is written to residual, not where it is normalised.
     """
-    out.copy_(_rms(input.float(), weight, eps, weight_bias))
-
-
-def fused_add_rmsnorm(
-    input: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, weight_bias: float
-) -> None:
-    """In place: `residual += input`, then `input = rmsnorm(residual)`, normalised from the unrounded fp32 sum."""
-    total = input.float() + residual.float()
-    residual.copy_(total)
-    input.copy_(_rms(total, weight, eps, weight_bias))
-
-
-def layernorm(input: torch.Tensor, gemma: torch.Tensor, beta: torch.Tensor, eps: float) -> torch.Tensor:
-    """`(input - mean) / sqrt(variance + eps) * gemma + beta`, in input's dtype (Ba et al., "Layer Normalization")."""
-    x = input.float()
-    centred = x - x.mean(dim=-1, keepdim=True)
-    centred = centred - centred.mean(dim=-1, keepdim=True)  # takes the rounding of the mean back out
-    scale = torch.rsqrt(centred.square().mean(dim=-1, keepdim=True) + eps)
-    return (centred * scale * gemma.float() + beta.float()).to(input.dtype)
+    x = tensors.input.float()
+    if tensors.residual is not None:
+        x = x + tensors.residual.float()
+        tensors.residual.copy_(x)
+    if spec.centred:
+        x = x - x.mean(dim=-1, keepdim=True)
+        x = x - x.mean(dim=-1, keepdim=True)  # takes the rounding of the mean back out
+    y = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * (tensors.weight.float() + spec.weight_bias)
+    if tensors.shift is not None:
+        y = y + tensors.shift.float()
+    if tensors.scale is not None:
+        y = y / tensors.scale
+    if spec.out_dtype in FP8_DTYPES:
+        limit = torch.finfo(spec.out_dtype).max
+        y = y.clamp(-limit, limit)
+    tensors.out.copy_(y)

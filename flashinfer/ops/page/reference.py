@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
-from flashinfer.ops.page.spec import Append, AppendSpec
+from flashinfer.core.arch import Arch
+from flashinfer.ops.page.spec import Append, AppendSpec, PageTable, Scale, as_bytes
 
 
-def seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> torch.Tensor:
-    """int32 `[batch_size]` tokens of each request; 0 without pages, whatever its last_page_len says."""
+def seq_lens(out: torch.Tensor, kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> None:
+    """Tokens of each request; 0 without pages."""
     pages = kv_indptr.diff()
-    return torch.where(pages > 0, (pages - 1) * page_size + kv_last_page_len, 0).to(torch.int32)
+    out.copy_(torch.where(pages > 0, (pages - 1) * page_size + kv_last_page_len, 0))
 
 
 def batch_indices_positions(
-    append_indptr: torch.Tensor, seq_lens: torch.Tensor, batch_indices: torch.Tensor, positions: torch.Tensor
+    batch_indices: torch.Tensor, positions: torch.Tensor, append_indptr: torch.Tensor, seq_lens: torch.Tensor
 ) -> None:
-    """Fill `batch_indices` and `positions` `[nnz]`: request i's tokens are the last ones of its seq_lens[i] tokens.
-
-    Rows past `append_indptr[-1]` get batch index -1 and position 0.
-    """
+    """The request and the position of each row; (-1, 0) past the last."""
     batch_size = seq_lens.numel()
     if batch_size == 0:
         batch_indices.fill_(-1)
@@ -33,25 +34,49 @@ def batch_indices_positions(
     positions.copy_(torch.where(inside, seq_lens[request] - append_indptr[request + 1] + token, 0))
 
 
-def _converted(x: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """`x`, or its bytes in the fp8 `dtype`: saturating, NaN kept."""
+def _converted(x: torch.Tensor, spec: AppendSpec, scale: Scale) -> torch.Tensor:
+    """`x` over its scale, in the cache's dtype: fp8 and int8 saturate, NaN is kept (0 in int8); fp8 as bytes."""
+    if spec.scaled:
+        # A tensor in both cases: to divide by a number, torch multiplies with its inverse on a GPU, and rounds twice.
+        divisor = torch.full((), scale.value, device=x.device) if scale.tensor is None else scale.tensor[:, None]
+        x = x.float() / divisor
+    dtype = spec.code_dtype
     if dtype is None:
-        return x
+        return as_bytes(x).to(spec.cache_dtype) if x.dtype != spec.cache_dtype else as_bytes(x)
+    if dtype == torch.int8:
+        return x.float().nan_to_num(nan=0.0).round().clamp(-128, 127).to(torch.int8)
     limit = torch.finfo(dtype).max
     return x.float().clamp(-limit, limit).to(dtype).view(torch.uint8)
 
 
-def append(spec: AppendSpec, tensors: Append) -> None:
-    """Write each token's key and value into its page.
+def _places(where: PageTable | torch.Tensor, page_size: int) -> tuple[torch.Tensor, ...]:
+    """(row, whether it is kept, page, slot of the page), `[nnz]` each.
 
     A skipped token repeats the write of the first token that is not; if all are skipped, each writes some slot of the
     first page with what it holds. So no row is left out, which would need their number on the host.
     """
-    keep = tensors.batch_indices >= 0
+    index = where.batch_indices if isinstance(where, PageTable) else where
+    keep = index >= 0
     row = torch.where(keep, torch.arange(keep.numel(), device=keep.device), keep.int().argmax())
-    kept, request, position = keep[row], tensors.batch_indices[row].clamp(min=0), tensors.positions[row]
-    entry = torch.where(kept, tensors.kv_indptr[request] + position // spec.page_size, 0)
-    page, slot = tensors.kv_indices[entry], position % spec.page_size
-    for source, cache in ((tensors.key, tensors.k_cache), (tensors.value, tensors.v_cache)):
-        new = _converted(source, spec.fp8_dtype)[row].to(cache.dtype)
+    kept, index = keep[row], index[row].clamp(min=0)
+    if not isinstance(where, PageTable):
+        return row, kept, index // page_size, index % page_size
+    position = where.positions[row]
+    entry = torch.where(kept, where.kv_indptr[index] + position // page_size, 0)
+    return row, kept, where.kv_indices[entry], position % page_size
+
+
+def bind(spec: AppendSpec, arch: Arch) -> Callable[[Append], None]:
+    """The call for one kind of append."""
+    return partial(append, spec)
+
+
+@torch.no_grad()
+def append(spec: AppendSpec, tensors: Append) -> None:
+    """Write each token's key and value into its place."""
+    row, kept, page, slot = _places(tensors.where, spec.page_size)
+    key, value, k_cache, v_cache, _, k_scale, v_scale = tensors
+    for source, cache, scale in ((key, k_cache, k_scale), (value, v_cache, v_scale)):
+        cache = as_bytes(cache)
+        new = _converted(source, spec, scale)[row]
         cache[page, slot] = torch.where(kept[:, None, None], new, cache[page, slot])

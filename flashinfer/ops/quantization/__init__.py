@@ -1,5 +1,132 @@
-"""Packing of boolean masks into bits."""
+"""Conversions between numbers and few bits: bit masks, fp8 and int8 with scales, fp4."""
 
-from flashinfer.ops.quantization.reference import packbits, packed_indptr, segment_packbits
+from __future__ import annotations
 
-__all__ = ["packbits", "packed_indptr", "segment_packbits"]
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch.nn import functional
+
+from flashinfer.core import library
+from flashinfer.core.arch import Arch, arch_of
+from flashinfer.core.select import Impl, select
+from flashinfer.ops.quantization.spec import Fp4, QuantSpec, SfLayout, scale_offset, scales_needed
+from flashinfer.ops.quantization.support import torch_supports, triton_supports
+
+IMPLS = (
+    Impl("triton", "flashinfer.ops.quantization.triton", triton_supports),
+    Impl("torch", "flashinfer.ops.quantization.reference", torch_supports),
+)
+
+
+@cache
+def _implementation(spec: QuantSpec, arch: Arch, backend: str) -> ModuleType:
+    return select(IMPLS, spec, arch, backend).load()
+
+
+def _chosen(call: str, x: torch.Tensor, out: torch.Tensor) -> ModuleType:
+    return _implementation(QuantSpec(call, x.dtype, out.dtype), arch_of(x.device), "auto")
+
+
+@library.register("packbits(Tensor(a!) out, Tensor x, bool little) -> ()")
+def packbits(out: torch.Tensor, x: torch.Tensor, little: bool) -> None:
+    """uint8 `[ceil(n / 8)]` of a mask `[n]` (non-zero is True), the last byte filled with zeros."""
+    if x.shape[0] > 0:
+        _chosen("packbits", x, out).packbits(out, x, little)
+
+
+def packed_indptr(indptr: torch.Tensor) -> torch.Tensor:
+    """Byte offsets `[batch_size + 1]` of segments with bit offsets `indptr`, each segment starting on a byte."""
+    num_bytes = torch.div(indptr.diff() + 7, 8, rounding_mode="floor")
+    return functional.pad(num_bytes.cumsum(0, dtype=indptr.dtype), (1, 0))
+
+
+@library.register("segment_packbits(Tensor(a!) out, Tensor x, Tensor indptr, Tensor byte_indptr, bool little) -> ()")
+def fill_segments(
+    out: torch.Tensor, x: torch.Tensor, indptr: torch.Tensor, byte_indptr: torch.Tensor, little: bool
+) -> None:
+    """Segment i of mask `x` fills bytes `byte_indptr[i]` to `byte_indptr[i + 1]`; the rest of `out` is 0."""
+    if out.shape[0] > 0:
+        _chosen("segment_packbits", x, out).segment_packbits(out, x, indptr, byte_indptr, little)
+
+
+def segment_packbits(
+    x: torch.Tensor, indptr: torch.Tensor, byte_indptr: torch.Tensor, num_bytes: int, bitorder: str
+) -> torch.Tensor:
+    """uint8 `[num_bytes]`: segment i of mask `x` fills bytes `byte_indptr[i]` to `byte_indptr[i + 1]`.
+
+    num_bytes: at least `byte_indptr[-1]`, known on the host (the rest is 0); nothing here waits for the device.
+    """
+    out = torch.empty(num_bytes, dtype=torch.uint8, device=x.device)
+    fill_segments(out, x.contiguous(), indptr.contiguous(), byte_indptr, bitorder == "little")
+    return out
+
+
+@library.register("quantize_groups(Tensor(a!) out, Tensor(b!) scales, Tensor x, float eps, bool power_of_two) -> ()")
+def quantize_groups(out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, eps: float, power_of_two: bool) -> None:
+    """`scales = max(largest |x|, eps) / limit` of a group, if asked rounded up to a power of two; `out = x / scales`.
+
+    out (fp8 or int8, contiguous), x `[rows, groups, group_size]`; scales fp32 `[rows, groups]`, any strides. A NaN does
+    not count for the scale and stays NaN (0 in int8).
+    """
+    if x.numel() > 0:
+        _chosen("quantize_groups", x, out).quantize_groups(out, scales, x, eps, power_of_two)
+
+
+@library.register("quantize_by_scale(Tensor(a!) out, Tensor x, Tensor scale) -> ()")
+def quantize_by_scale(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
+    """`out = x / scale`, fp8 or int8. x contiguous, scale fp32 `[1]`."""
+    if x.numel() > 0:
+        _chosen("quantize_by_scale", x, out).quantize_by_scale(out, x, scale)
+
+
+@library.register("dequantize_groups(Tensor(a!) out, Tensor x, Tensor scales) -> ()")
+def dequantize_groups(out: torch.Tensor, x: torch.Tensor, scales: torch.Tensor) -> None:
+    """`out = x * scales` for groups `[rows, groups, group_size]` of fp8 or int8; scales fp32 `[rows, groups]`."""
+    if x.numel() > 0:
+        _chosen("dequantize_groups", x, out).dequantize_groups(out, x, scales)
+
+
+@library.register(
+    "dequantize_fp4(Tensor(a!) out, Tensor x, Tensor scales, Tensor? global_scale, int group_size, bool ue8m0, "
+    "int layout) -> ()"
+)
+def dequantize_fp4(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    scales: torch.Tensor,
+    global_scale: torch.Tensor | None,
+    group_size: int,
+    ue8m0: bool,
+    layout: int,
+) -> None:
+    """`out [rows, columns]` = e2m1 codes `x [rows, columns / 2]` times block scales (bytes) and the global scale."""
+    if x.numel() > 0:
+        kind = Fp4(group_size, ue8m0, SfLayout(layout))
+        _chosen("dequantize_fp4", x, out).dequantize_fp4(out, x, scales, global_scale, kind)
+
+
+@library.register("concat_mla_k(Tensor(a!) k, Tensor k_nope, Tensor k_rope) -> ()")
+def concat_heads(k: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor) -> None:
+    """`k [nnz, num_heads, nope + rope]` from `k_nope` of each head and `k_rope` `[nnz, 1, rope]` of all."""
+    if k.numel() > 0:
+        _chosen("concat_mla_k", k, k).concat_heads(k, k_nope, k_rope)
+
+
+__all__ = [
+    "IMPLS",
+    "Fp4",
+    "QuantSpec",
+    "SfLayout",
+    "concat_heads",
+    "dequantize_fp4",
+    "dequantize_groups",
+    "packbits",
+    "packed_indptr",
+    "quantize_by_scale",
+    "quantize_groups",
+    "scale_offset",
+    "scales_needed",
+    "segment_packbits",
+]

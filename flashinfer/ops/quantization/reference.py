@@ -1,43 +1,103 @@
-"""Packing of boolean masks into bits, in plain torch."""
+"""Conversions between numbers and few bits, in plain torch: no host sync on a GPU, any strides."""
 
 from __future__ import annotations
 
 import torch
 from torch.nn import functional
 
+from flashinfer.ops.quantization.spec import Fp4, scale_offset
 
-def _bytes(bits: torch.Tensor, bitorder: str) -> torch.Tensor:
-    """uint8 `[n]` of bool `[n, 8]`; bitorder "little" puts the first bit at weight 1, "big" at weight 128."""
+
+def _bytes(bits: torch.Tensor, little: bool) -> torch.Tensor:
+    """uint8 `[n]` of bool `[n, 8]`; the first bit has weight 1 if `little`, else 128."""
     place = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    if bitorder == "big":
+    if not little:
         place = 7 - place
     return (bits.to(torch.uint8) << place).sum(dim=1, dtype=torch.uint8)
 
 
-def packbits(x: torch.Tensor, bitorder: str) -> torch.Tensor:
-    """uint8 `[ceil(n / 8)]` of bool `[n]`, the last byte filled with zeros."""
-    padded = functional.pad(x, (0, -x.numel() % 8))
-    return _bytes(padded.view(-1, 8), bitorder)
-
-
-def packed_indptr(indptr: torch.Tensor) -> torch.Tensor:
-    """Byte offsets `[batch_size + 1]` of segments with bit offsets `indptr`, each segment starting on a byte."""
-    num_bytes = torch.div(indptr.diff() + 7, 8, rounding_mode="floor")
-    return functional.pad(num_bytes.cumsum(0, dtype=indptr.dtype), (1, 0))
+def packbits(out: torch.Tensor, x: torch.Tensor, little: bool) -> None:
+    """uint8 `[ceil(n / 8)]` of a mask `[n]`, the last byte filled with zeros."""
+    padded = functional.pad(x != 0, (0, -x.numel() % 8))
+    out.copy_(_bytes(padded.view(-1, 8), little))
 
 
 def segment_packbits(
-    x: torch.Tensor, indptr: torch.Tensor, byte_indptr: torch.Tensor, num_bytes: int, bitorder: str
-) -> torch.Tensor:
-    """uint8 `[num_bytes]`: segment i of bool `x` fills bytes `byte_indptr[i]` to `byte_indptr[i + 1]`.
-
-    num_bytes: at least `byte_indptr[-1]`, known on the host (the rest is 0); nothing here waits for the device.
-    """
+    out: torch.Tensor, x: torch.Tensor, indptr: torch.Tensor, byte_indptr: torch.Tensor, little: bool
+) -> None:
+    """Segment i of a mask fills bytes `byte_indptr[i]` to `byte_indptr[i + 1]`; bytes past the last are 0."""
     if x.numel() == 0:
-        return torch.zeros(num_bytes, dtype=torch.uint8, device=x.device)
-    byte = torch.arange(num_bytes, device=x.device)
+        out.zero_()
+        return
+    byte = torch.arange(out.numel(), device=x.device)
     segment = torch.searchsorted(byte_indptr[1:], byte, right=True).clamp(max=indptr.numel() - 2)
     first_bit = indptr[segment] + 8 * (byte - byte_indptr[segment])
     bit = first_bit[:, None] + torch.arange(8, device=x.device)
     inside = bit < indptr[segment + 1][:, None]
-    return _bytes(x[bit.clamp(max=x.numel() - 1)] & inside, bitorder)
+    out.copy_(_bytes((x[bit.clamp(max=x.numel() - 1)] != 0) & inside, little))
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 to fp8 or int8: nearest even, saturating; NaN stays in fp8 and gives 0 in int8."""
+    if dtype == torch.int8:
+        return x.nan_to_num(nan=0.0).round().clamp(-128, 127).to(dtype)
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
+
+
+@torch.no_grad()
+def quantize_groups(out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, eps: float, power_of_two: bool) -> None:
+    """Groups of a row `[rows, groups, group_size]` by the largest magnitude of each, NaN left aside."""
+    limit = 127.0 if out.dtype == torch.int8 else torch.finfo(out.dtype).max
+    wide = x.float()
+    # A tensor, since a division by a number may become a product with its inverse.
+    divisor = torch.full((), limit, dtype=torch.float32, device=x.device)
+    scale = wide.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1).clamp(min=eps) / divisor
+    if power_of_two:
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).int())
+    scales.copy_(scale)
+    out.copy_(_rounded(wide / scale[..., None], out.dtype))
+
+
+@torch.no_grad()
+def quantize_by_scale(out: torch.Tensor, x: torch.Tensor, scale: torch.Tensor) -> None:
+    """Everything over one scale, fp32 `[1]`."""
+    out.copy_(_rounded(x.float() / scale, out.dtype))
+
+
+@torch.no_grad()
+def dequantize_groups(out: torch.Tensor, x: torch.Tensor, scales: torch.Tensor) -> None:
+    """Groups `[rows, groups, group_size]` times their scales `[rows, groups]`."""
+    out.copy_(x.float() * scales[..., None])
+
+
+@torch.no_grad()
+def dequantize_fp4(
+    out: torch.Tensor, x: torch.Tensor, scales: torch.Tensor, global_scale: torch.Tensor | None, kind: Fp4
+) -> None:
+    """Codes `[rows, columns / 2]`, the first of a pair in the low bits, times their block's scale and the global."""
+    codes = torch.stack([x & 15, x >> 4], dim=-1).flatten(1).int()
+    exponent, last = codes >> 1 & 3, (codes & 1) / 2
+    magnitudes = torch.where(exponent == 0, last, torch.ldexp(1 + last, exponent - 1))
+    values = torch.where(codes >= 8, -magnitudes, magnitudes)
+    num_rows, num_columns = values.shape[0], values.shape[1] // kind.group_size
+    row = torch.arange(num_rows, device=x.device)[:, None]
+    column = torch.arange(num_columns, device=x.device)
+    found = scales.view(torch.uint8).reshape(-1)[scale_offset(row, column, num_columns, kind.layout)]
+    if kind.ue8m0:
+        factor = torch.ldexp(torch.ones(found.shape, device=x.device), found.int() - 127)
+        factor = factor.masked_fill(found == 255, torch.nan)
+    else:
+        factor = found.view(torch.float8_e4m3fn).float()
+    if global_scale is not None:
+        factor = factor * global_scale
+    out.copy_(values * factor.repeat_interleave(kind.group_size, dim=1))
+
+
+@torch.no_grad()
+def concat_heads(k: torch.Tensor, k_nope: torch.Tensor, k_rope: torch.Tensor) -> None:
+    """`k[..., :nope] = k_nope` and `k[..., nope:] = k_rope` for every head."""
+    nope = k_nope.shape[2]
+    k[..., :nope].copy_(k_nope)
+    k[..., nope:].copy_(k_rope.expand(-1, k.shape[1], -1))

@@ -1,4 +1,4 @@
-"""Rotary position embedding in plain torch (Su et al., arXiv 2104.09864): fp32 angles, in place, no host sync.
+"""Rotary position embedding in plain torch (Su et al., arXiv 2104.09864): no host sync.
 
 The pair (a, b) of a head at position p becomes (a cos - b sin, b cos + a sin) with the angle p * frequency. Pairs are
 (d, d + rotary_dim/2) in the NeoX order and (2d, 2d + 1) in the interleaved one.
@@ -7,51 +7,16 @@ The pair (a, b) of a head at position p becomes (a cos - b sin, b cos + a sin) w
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
+from flashinfer.core.arch import Arch
+from flashinfer.ops.page import PageTable
+from flashinfer.ops.rope.spec import Angle, RopeSpec, Rotation, Side
 
-@dataclass(frozen=True)
-class Smoothing:
-    """Llama 3.1's scaling of frequencies by their wavelength in tokens.
-
-    Above old_context_len / low_freq_factor they are divided by rope_scale, below old_context_len / high_freq_factor
-    kept; between the two the result moves linearly with the frequency.
-    """
-
-    low_freq_factor: float
-    high_freq_factor: float
-    old_context_len: float
-
-
-@dataclass(frozen=True)
-class Rope:
-    """How heads are rotated: the first rotary_dim components, in pairs; rope_scale divides positions."""
-
-    rotary_dim: int
-    interleave: bool
-    rope_scale: float
-    rope_theta: float
-    smoothing: Smoothing | None = None
-
-
-def _frequencies(rope: Rope, device: torch.device) -> torch.Tensor:
-    """fp32 `[rotary_dim / 2]` radians a token, made in fp64."""
-    exponent = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float64, device=device) / rope.rotary_dim
-    frequency = torch.exp(-exponent * math.log(rope.rope_theta))
-    stretched = frequency / rope.rope_scale
-    if rope.smoothing is not None:
-        low, high = rope.smoothing.low_freq_factor, rope.smoothing.high_freq_factor
-        turns = rope.smoothing.old_context_len * frequency / (2 * math.pi)
-        kept = ((turns - low) / (high - low)).clamp(0, 1)
-        stretched = torch.lerp(stretched, frequency, kept)
-    return stretched.float()
-
-
-def angles(rope: Rope, positions: torch.Tensor) -> torch.Tensor:
-    """fp32 `[nnz, rotary_dim / 2]` radians for integer `positions` `[nnz]`."""
-    return positions.float()[:, None] * _frequencies(rope, positions.device)
+FP8_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 def request_positions(indptr: torch.Tensor, offsets: torch.Tensor, nnz: int) -> torch.Tensor:
@@ -65,25 +30,95 @@ def request_positions(indptr: torch.Tensor, offsets: torch.Tensor, nnz: int) -> 
     return torch.where(inside, offsets[request] + token - indptr[request], 0)
 
 
-def rotate_inplace(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, interleave: bool) -> None:
-    """Rotate the first `2 * cos.shape[-1]` components of `x` `[nnz, num_heads, head_dim]` (any strides) in place.
+def cos_sin(angle: Angle, nnz: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 cosines and sines `[nnz, 1, rotary_dim / 2]`."""
+    positions = angle.positions
+    if angle.offsets is not None:
+        positions = request_positions(positions, angle.offsets, nnz)
+    if angle.table.dim() == 2:
+        cos, sin = angle.table[positions].chunk(2, dim=-1)
+    else:
+        radians = (positions.long()[:, None] * angle.table).double() * (2 * math.pi / 2.0**64)
+        cos, sin = radians.cos().float(), radians.sin().float()
+    return cos[:, None], sin[:, None]
 
-    cos, sin: fp32 `[nnz, rotary_dim / 2]`.
+
+def _encoded(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """fp32 `x` in `dtype`; fp8 saturates, NaN stays."""
+    if dtype not in FP8_DTYPES:
+        return x.to(dtype)
+    limit = torch.finfo(dtype).max
+    return x.clamp(-limit, limit).to(dtype)
+
+
+def _slots(table: PageTable, page_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(rows, pages, slots) of the tokens to write; a skipped token is replaced by one that is not.
+
+    If all are skipped, every row is -1. So no row is left out, which would need their number on the host.
     """
-    half = cos.shape[-1]
-    rotated = x[..., : 2 * half]
-    a, b = (rotated[..., 0::2], rotated[..., 1::2]) if interleave else (rotated[..., :half], rotated[..., half:])
-    cos, sin = cos[:, None, :], sin[:, None, :]
-    wide_a, wide_b = a.float(), b.float()
-    new_a = wide_a * cos - wide_b * sin
-    new_b = wide_b * cos + wide_a * sin
-    a.copy_(new_a)
-    b.copy_(new_b)
+    keep = table.batch_indices >= 0
+    row = torch.where(keep, torch.arange(keep.numel(), device=keep.device), keep.int().argmax())
+    request, position = table.batch_indices[row].clamp(min=0), table.positions[row]
+    kept = keep[row]
+    entry = torch.where(kept, table.kv_indptr[request] + position // page_size, 0)
+    return torch.where(kept, row, -1), table.kv_indices[entry], position % page_size
 
 
-def rotate_by_angles(rope: Rope, positions: torch.Tensor, *heads: torch.Tensor) -> None:
-    """Rotate each of `heads` `[nnz, num_heads, head_dim]` in place for `positions` `[nnz]`."""
-    angle = angles(rope, positions)
-    cos, sin = angle.cos(), angle.sin()
-    for x in heads:
-        rotate_inplace(x, cos, sin, rope.interleave)
+def _write(target: torch.Tensor, columns: slice, value: torch.Tensor, table: PageTable | None) -> None:
+    """Write fp32 `value` `[nnz, num_heads, dim]` to columns of the target, through the page table if there is one."""
+    new = _encoded(value, target.dtype)
+    if table is None:
+        target[..., columns].copy_(new)
+        return
+    row, page, slot = _slots(table, target.shape[1])
+    # fp8 tensors cannot be indexed on every device; their bytes can.
+    bits = target.view(torch.uint8) if target.dtype in FP8_DTYPES else target
+    new = new.view(torch.uint8) if target.dtype in FP8_DTYPES else new
+    old = bits[page, slot][..., columns]
+    bits[..., columns][page, slot] = torch.where((row >= 0)[:, None, None], new[row.clamp(min=0)], old)
+
+
+def _pairs(rotary_dim: int, interleave: bool) -> tuple[slice, slice]:
+    """The columns of the first and of the second component of each pair."""
+    half = rotary_dim // 2
+    if interleave:
+        return slice(0, rotary_dim, 2), slice(1, rotary_dim, 2)
+    return slice(0, half), slice(half, rotary_dim)
+
+
+def _rotate(
+    side: Side, turn: tuple[torch.Tensor, torch.Tensor], spec: RopeSpec, rotation: Rotation, is_q: bool
+) -> None:
+    """Rotate and copy one side."""
+    first, second = _pairs(spec.rotary_dim, spec.interleave)
+    source = side.rope.source.float()
+    rest = None if side.rest is None else side.rest.source.float()
+    if rotation.weights is not None:
+        weight = (rotation.weights.q if is_q else rotation.weights.k).float()
+        parts = [source[..., : spec.rotary_dim]] + ([] if rest is None else [rest])
+        head = torch.cat(parts, dim=-1)
+        head = head * torch.rsqrt(head.square().mean(dim=-1, keepdim=True) + rotation.weights.eps) * weight
+        source, rest = head[..., : spec.rotary_dim], None if rest is None else head[..., spec.rotary_dim :]
+    cos, sin = turn
+    a, b = source[..., first], source[..., second]
+    new_a, new_b = a * cos - b * sin, b * cos + a * sin
+    table = None if is_q else rotation.table
+    _write(side.rope.target, first, new_a * side.scale, table)
+    _write(side.rope.target, second, new_b * side.scale, table)
+    if side.rest is not None and rest is not None:
+        _write(side.rest.target, slice(None), rest * side.scale, table)
+
+
+def bind(spec: RopeSpec, arch: Arch) -> Callable[[Rotation], None]:
+    """The call for one kind of rotation."""
+    return partial(rotate, spec)
+
+
+@torch.no_grad()
+def rotate(spec: RopeSpec, rotation: Rotation) -> None:
+    """Rotate q and k, copy what is not rotated, write every target."""
+    turn = cos_sin(rotation.angle, rotation.q.rope.source.shape[0])
+    _rotate(rotation.q, turn, spec, rotation, is_q=True)
+    _rotate(rotation.k, turn, spec, rotation, is_q=False)
+    if rotation.v is not None:
+        _write(rotation.v.target, slice(None), rotation.v.source.float() * rotation.k.scale, rotation.table)

@@ -241,12 +241,13 @@ def test_graph_mode_keeps_the_tables_of_an_overriding_forward(backend: str) -> N
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="only a GPU has prebound launches")
 def test_prebound_launch_equals_the_public_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashinfer.ops.attention.device import planner
     from flashinfer.ops.attention.triton import launch
 
     batch = Batch()
     first = decode("triton", batch, batch.arrays())  # compiles
     direct = decode("triton", batch, batch.arrays())
-    for prebound in (launch._launch_planner, launch._launch_attention):
+    for prebound in (planner._launch_planner, launch._launch_attention):
         monkeypatch.setattr(prebound, "_direct", False)
     public = decode("triton", batch, batch.arrays())
     assert torch.equal(first, direct) and torch.equal(direct, public)

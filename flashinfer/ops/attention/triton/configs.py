@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cache
 
 from flashinfer.core.arch import Arch
+from flashinfer.ops.attention.device.hooks import Traits
+from flashinfer.ops.attention.device.planner import PlannerConfig
 from flashinfer.ops.attention.spec import AttentionSpec
-from flashinfer.ops.attention.triton.hooks import Traits
 from flashinfer.ops.attention.triton.kernel import KernelConfig
 
 # Packed rows a query tile may have; 16 is the least a tensor-core product takes.
@@ -79,6 +80,20 @@ def choose(spec: AttentionSpec, arch: Arch, traits: Traits, block_m: int) -> Lau
         else block_m,
     )
     return Launch(config, num_warps, per_sm)
+
+
+@cache
+def planner_config(config: KernelConfig) -> PlannerConfig:
+    """The planner's part of a kernel's configuration."""
+    return PlannerConfig(
+        num_kv_heads=config.num_kv_heads,
+        group=config.group,
+        page_size=config.page_size,
+        block_m=config.block_m,
+        block_n=config.block_n,
+        item_cost=config.item_cost,
+        masks_have_bounds=config.masks_have_bounds,
+    )
 
 
 def _inner(block_m: int, dims: int, spec: AttentionSpec, arch: Arch, traits: Traits) -> tuple[int, int, int, int]:

@@ -9,25 +9,16 @@ import torch
 
 from flashinfer.core.arch import SMEM_BYTES, Arch
 from flashinfer.ops.attention import variants
+from flashinfer.ops.attention.device.factors import Factors
+from flashinfer.ops.attention.device.hooks import hooks_of, traits_of
+from flashinfer.ops.attention.device.planner import PLANNER_BLOCK, Requests, ScheduleTables, planner_kernel
 from flashinfer.ops.attention.spec import AttentionSpec
-from flashinfer.ops.attention.triton.configs import block_m_for, choose
-from flashinfer.ops.attention.triton.hooks import hooks_of, traits_of
+from flashinfer.ops.attention.triton.configs import block_m_for, choose, planner_config
 from flashinfer.ops.attention.triton.kernel import Outputs, Partials, Queries, attention_kernel
-from flashinfer.ops.attention.triton.planner import Requests, ScheduleTables, planner_kernel
-from flashinfer.ops.attention.triton.tiles import Factors, Pages
+from flashinfer.ops.attention.triton.tiles import Pages
 from flashinfer.ops.attention.variant import Variant
-from flashinfer.testing.gate import AMD_ARCHS, NVIDIA_ARCHS, GateCase
+from flashinfer.testing.gate import AMD_ARCHS, NVIDIA_ARCHS, Constant, GateCase, case_of
 
-TYPES = {
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-    torch.float8_e4m3fn: "*fp8e4nv",
-    torch.float8_e5m2: "*fp8e5",
-    torch.uint8: "*u8",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 # AMD GPUs have 64 KiB of shared memory a workgroup (CDNA 3 ISA guide); the other numbers do not enter a compilation.
 AMD = {name: Arch(name, 304, 65_536) for name in AMD_ARCHS}
 ARCHS = {name: Arch(name, 132, SMEM_BYTES[name]) for name in NVIDIA_ARCHS} | AMD
@@ -82,16 +73,18 @@ def cases() -> Iterator[GateCase]:
             launch = choose(spec, arch, traits, block_m_for(spec, arch, traits, problem.rows or 1))
             options = {"num_warps": launch.num_warps}
             arguments = _attention_arguments(spec, problem.variant) | {"cfg": Constant(launch.kernel)}
-            yield _case(f"attention.{problem.name}", attention_kernel, arguments, options, name)
+            yield case_of(
+                f"attention.{problem.name}.{name}", attention_kernel, arguments, options=options, archs=(name,)
+            )
             if problem.name in ("decode", "prefill_paged"):
-                arguments = _planner_arguments(spec, problem.variant, launch.kernel)
-                yield _case(f"planner.{problem.name}", planner_kernel, arguments, {"num_warps": 8}, name)
-
-
-class Constant(NamedTuple):
-    """A constexpr argument."""
-
-    value: Any
+                arguments = _planner_arguments(spec, problem.variant, planner_config(launch.kernel))
+                yield case_of(
+                    f"planner.{problem.name}.{name}",
+                    planner_kernel,
+                    arguments,
+                    options={"num_warps": 8},
+                    archs=(name,),
+                )
 
 
 def _pointer(dtype: torch.dtype) -> torch.Tensor:
@@ -121,35 +114,10 @@ def _planner_arguments(spec: AttentionSpec, variant: Variant, cfg: Any) -> dict[
         **dict.fromkeys(("batch_size", "total_rows", "num_programs"), 7),
         "cfg": Constant(cfg),
         "QO_LEN": Constant(spec.uniform_qo_len or 0),
-        "BLOCK": Constant(1024),
+        "BLOCK": Constant(PLANNER_BLOCK),
     }
 
 
 def _tables() -> ScheduleTables:
     int64 = _pointer(torch.int64)
     return ScheduleTables(int64, int64, int64, _pointer(torch.int32))
-
-
-def _case(name: str, kernel: Any, arguments: dict[str, Any], options: dict[str, Any], arch: str) -> GateCase:
-    constexprs: dict[Any, Any] = {}
-    attrs: dict[tuple[int, ...], list[list[Any]]] = {}
-
-    def kind(value: Any, path: tuple[int, ...]) -> Any:
-        """The Triton type of an argument as a launch would see it; notes constants and alignment on the way."""
-        if isinstance(value, tuple) and not isinstance(value, Constant):
-            kinds = [kind(v, (*path, i)) for i, v in enumerate(value)]
-            return type(value)(*kinds) if hasattr(value, "_fields") else tuple(kinds)
-        if isinstance(value, torch.Tensor):
-            attrs[path] = [["tt.divisibility", 16]]
-            return TYPES[value.dtype]
-        if isinstance(value, float):
-            return "fp32"
-        if isinstance(value, int) and value != 1:
-            if value and value % 16 == 0:
-                attrs[path] = [["tt.divisibility", 16]]
-            return "i32"
-        constexprs[path] = value.value if isinstance(value, Constant) else value
-        return "constexpr"
-
-    signature = {key: kind(value, (i,)) for i, (key, value) in enumerate(arguments.items())}
-    return GateCase(f"{name}.{arch}", kernel, signature, constexprs, attrs, options, (arch,))

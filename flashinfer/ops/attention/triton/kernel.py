@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-from flashinfer.ops.attention.triton.hooks import fold_bounds
+from flashinfer.ops.attention.device.hooks import exponent_factor, fold_bounds
 from flashinfer.ops.attention.triton.merge import finish, merge_tile, owner
-from flashinfer.ops.attention.triton.tiles import attend_tiles, exponent_scale, load_tile, rotate_tile
+from flashinfer.ops.attention.triton.tiles import attend_tiles, load_tile, rotate_tile
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def _attend(queries, pages, item, rows, mask_row, q_range, tiles, hooks, factors
     _, _, full_lo, full_hi = fold_bounds(hooks.bounds, q_lo, q_hi, qo_len, kv_len, cfg.masks_have_bounds)
     run = (begin, end, (full_lo + cfg.block_n - 1) // cfg.block_n, full_hi // cfg.block_n)
     m_i, l_i, acc = attend_tiles((m_i, l_i, acc), q, pages, item, rows, hooks, factors, run, cfg)
-    return m_i * exponent_scale(factors, cfg), l_i, acc
+    return m_i * exponent_factor(hooks.logits, factors.sm_scale, cfg.natural_logits), l_i, acc
 
 
 @triton.jit

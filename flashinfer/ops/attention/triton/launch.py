@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache
 
 import torch
 
 from flashinfer.core.arch import arch_of
-from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.launch import Prebound, alignment, integer_classes
 from flashinfer.core.workspace import Arena
-from flashinfer.ops.attention.plan import RECORD_FIELDS, SHARE_FIELDS
+from flashinfer.ops.attention.device.factors import factors_of, needs_natural_logits
+from flashinfer.ops.attention.device.hooks import Hooks, hooks_of, launch_key, traits_of
+from flashinfer.ops.attention.device.planner import ScheduleTables, launch_planner, planner_tables
 from flashinfer.ops.attention.spec import AttentionSpec, Batch, Scales, Tensors
-from flashinfer.ops.attention.triton.configs import Launch, block_m_for, choose
-from flashinfer.ops.attention.triton.hooks import Hooks, hooks_of, launch_key, traits_of
+from flashinfer.ops.attention.triton.configs import Launch, block_m_for, choose, planner_config
 from flashinfer.ops.attention.triton.kernel import KernelConfig, Outputs, Partials, Queries, attention_kernel
-from flashinfer.ops.attention.triton.planner import Requests, ScheduleTables, planner_kernel
-from flashinfer.ops.attention.triton.tiles import Factors, Pages
+from flashinfer.ops.attention.triton.tiles import Pages
 from flashinfer.ops.attention.variant import Variant
 
-PLANNER_BLOCK = 1024
-_launch_planner = Prebound(planner_kernel)
 _launch_attention = Prebound(attention_kernel)
 
 
@@ -45,35 +43,16 @@ def plan(spec: AttentionSpec, batch: Batch, variant: Variant, arena: Arena) -> T
     traits = traits_of(variant)
     launch = choose(spec, arch, traits, block_m_for(spec, arch, traits, batch.total_rows / max(1, batch.batch_size)))
     cfg = launch.kernel
+    planner = planner_config(cfg)
     num_programs = launch.programs_per_sm * arch.num_sms
-    tables = _tables(arena, num_programs, batch, cfg)
+    tables = planner_tables(arena, num_programs, batch, planner)
     hooks = hooks_of(variant)
     # The functions are those of the variant, and the dtypes those of the spec that `launch` was made for.
     key = (launch, launch_key(variant))
-    indices = Requests(batch.qo_indptr, batch.kv_indptr, batch.last_page_len)
-    uniform = spec.uniform_qo_len or 0
-    _launch_planner(
-        (1, 1, 1),
-        (key, alignment(*indices), uniform),
-        (indices, tables, hooks.bounds, batch.batch_size, batch.total_rows, num_programs, cfg, uniform, PLANNER_BLOCK),
-        arena.device,
-        num_warps=8,
-    )
+    launch_planner(planner, batch, tables, hooks.bounds, spec.uniform_qo_len, num_programs, launch_key(variant))
     partials = _partials(arena, num_programs, cfg)
     run_key = (key, alignment(batch.kv_indices))
     return TritonPlan(launch, num_programs, tables, hooks, partials, batch.kv_indices, run_key)
-
-
-def _tables(arena: Arena, num_programs: int, batch: Batch, cfg: KernelConfig) -> ScheduleTables:
-    assert batch.total_rows is not None
-    capacity = -(-batch.total_rows * cfg.group // cfg.block_m) + batch.batch_size
-    return ScheduleTables(
-        arena.private("first", (capacity + 1,), torch.int64),
-        # One record past the end may be read ahead; it is never worked on.
-        arena.private("records", (capacity + 1, RECORD_FIELDS), torch.int64),
-        arena.private("shares", (num_programs + 1, SHARE_FIELDS), torch.int64),
-        arena.private("tile_base", (batch.batch_size + 1,), torch.int32),
-    )
 
 
 def _partials(arena: Arena, num_programs: int, cfg: KernelConfig) -> Partials:
@@ -86,13 +65,18 @@ def _partials(arena: Arena, num_programs: int, cfg: KernelConfig) -> Partials:
 def run(spec: AttentionSpec, plan: TritonPlan, tensors: Tensors, variant: Variant, scales: Scales) -> None:
     """One launch; writes `tensors.out` and `tensors.lse`."""
     q, k, v, out, lse = tensors
-    # The maximum of products is that of logits only under one positive factor.
-    natural = scales.logits is not None or scales.sm_scale <= 0
+    natural = needs_natural_logits(scales)
     cfg = _natural(plan.launch.kernel) if natural else plan.launch.kernel
     q_strides, k_strides, v_strides, out_strides = q.stride(), k.stride(), v.stride(), out.stride()
     lse_stride = 0 if lse is None else lse.stride(0)
-    factors = _factors(scales)
-    strides = (_classes(q_strides), _classes(k_strides), _classes(v_strides), _classes(out_strides), lse_stride)
+    factors = factors_of(scales)
+    strides = (
+        integer_classes(q_strides),
+        integer_classes(k_strides),
+        integer_classes(v_strides),
+        integer_classes(out_strides),
+        lse_stride,
+    )
     optional = (lse is None, factors.logits_stride, factors.output_stride, scales.sinks is None)
     key = (plan.key, natural, strides, optional, alignment(*tensors, scales.logits, scales.output, scales.sinks))
     arguments = (
@@ -108,18 +92,6 @@ def run(spec: AttentionSpec, plan: TritonPlan, tensors: Tensors, variant: Varian
     _launch_attention((plan.num_programs, 1, 1), key, arguments, q.device, num_warps=plan.launch.num_warps)
 
 
-@lru_cache(maxsize=4096)
-def _classes(strides: tuple[int, ...]) -> tuple[tuple[bool, bool, bool], ...]:
-    """What Triton specialises integers for; the values themselves would make a new key for every number of tokens."""
-    return tuple((s == 1, s % 16 == 0, s >= 2**31) for s in strides)
-
-
 @cache
 def _natural(cfg: KernelConfig) -> KernelConfig:
     return replace(cfg, natural_logits=True)
-
-
-def _factors(scales: Scales) -> Factors:
-    """The kernel's form; a stride of -1 stands for a factor that is not there, 0 for one value for all heads."""
-    logits, output = (-1 if factor is None else int(factor.numel() > 1) for factor in (scales.logits, scales.output))
-    return Factors(scales.sm_scale, scales.output_scale, scales.logits, logits, scales.output, output, scales.sinks)

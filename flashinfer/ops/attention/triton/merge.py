@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashinfer.ops.attention.triton.tiles import LOG2_E
+from flashinfer.ops.attention.device.factors import LOG2_E
 
 
 @triton.jit

@@ -8,10 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from flashinfer.ops.attention.triton.hooks import fold_logits, fold_mask, fold_rotation
+from flashinfer.ops.attention.device.hooks import exponent_factor, fold_logits, fold_mask, fold_rotation
 from flashinfer.ops.attention.variant import At
-
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 class Pages(NamedTuple):
@@ -29,22 +27,6 @@ class Pages(NamedTuple):
     v_page: int
     v_token: int
     v_head: int
-
-
-class Factors(NamedTuple):
-    """`Scales` of a run: logits = q . k * sm_scale * logits[head]; outputs are multiplied by output_scale *
-    output[head].
-
-    sinks: extra logits of the denominator. The tensors are fp32 `[num_qo_heads]` (stride 0 or 1) or None.
-    """
-
-    sm_scale: float
-    output_scale: float
-    logits: torch.Tensor | None
-    logits_stride: int
-    output: torch.Tensor | None
-    output_stride: int
-    sinks: torch.Tensor | None
 
 
 @triton.jit
@@ -78,7 +60,7 @@ def attend_tiles(
     run,
     cfg: tl.constexpr,
 ):
-    """Fold KV tiles into the softmax state (m, l, acc); m is in units of `cfg`'s logits (see `exponent_scale`).
+    """Fold KV tiles into the softmax state (m, l, acc); m is in units of `cfg`'s logits (see `exponent_factor`).
 
     item: (request, kv_head, kv_len, kv_begin, qo_len); rows: (qo_idx, qo_head) of the tile's rows. run: (begin, end,
     full_begin, full_end): the tiles to fold, and which of them need no mask.
@@ -91,7 +73,7 @@ def attend_tiles(
     offs_vo = tl.arange(0, cfg.block_vo)
     k_base = pages.k + kv_head.to(tl.int64) * pages.k_head
     v_base = pages.v + kv_head.to(tl.int64) * pages.v_head
-    scale = exponent_scale(factors, cfg)
+    scale = exponent_factor(hooks.logits, factors.sm_scale, cfg.natural_logits)
     for tile in tl.range(begin, end, num_stages=cfg.num_stages):
         offs_n = tile * cfg.block_n + tl.arange(0, cfg.block_n)
         inside = offs_n < kv_len
@@ -111,10 +93,9 @@ def attend_tiles(
         if len(hooks.key) > 0:
             k = rotate_tile(hooks.key, k, k_base, offs_k, offs_n, inside, cfg.head_dim_qk, cfg.block_qk)
         s = tl.dot(q, k.T, input_precision="ieee")
-        if cfg.natural_logits:
-            s = natural(s, factors, qo_head)
         at = At(request, qo_idx[:, None], offs_n[None, :], qo_head[:, None], qo_len, kv_len)
-        s = fold_logits(hooks.logits, s, at)
+        if cfg.natural_logits:
+            s = fold_logits(hooks.logits, s, row_scale(factors, qo_head), at)
         if cfg.skip_masks:
             # One loop with a branch: a second loop would fill and drain the pipeline once more per query tile.
             if (tile < full_begin) | (tile >= full_end):
@@ -135,18 +116,9 @@ def attend_tiles(
 
 
 @triton.jit
-def natural(s, factors, qo_head):
-    """Products to natural-unit logits."""
-    s = s * factors.sm_scale
+def row_scale(factors, qo_head):
+    """What products are multiplied with to be logits in natural units: one value, or one a row."""
+    scale = factors.sm_scale
     if factors.logits is not None:
-        s = s * tl.load(factors.logits + qo_head * factors.logits_stride)[:, None]
-    return s
-
-
-@triton.jit
-def exponent_scale(factors, cfg: tl.constexpr):
-    """What turns the loop's logits into base-2 exponents: plain products leave sm_scale to this one factor."""
-    if cfg.natural_logits:
-        return LOG2_E + 0.0
-    else:
-        return factors.sm_scale * LOG2_E
+        scale = (scale * tl.load(factors.logits + qo_head * factors.logits_stride))[:, None]
+    return scale

@@ -12,12 +12,14 @@ from flashinfer.ops.attention.variant import Twin, Variant, variant
 
 
 def _mask(captured, at):
-    # Bits of one request can pass 2^31: 64-bit arithmetic. Out-of-range queries and tokens read bit 0 of the request.
+    # Bits of one request can pass 2^31: the row's part is 64 bits wide, what is added for a token need not be.
+    # Out-of-range queries and tokens are not read.
     inside = (at.qo_idx < at.qo_len) & (at.kv_idx < at.kv_len)
-    bit = tl.where(inside, at.qo_idx.to(tl.int64) * at.kv_len + at.kv_idx, 0)
-    base = tl.load(captured[1] + at.request).to(tl.int64)
-    byte = tl.load(captured[0] + base + (bit >> 3), mask=inside, other=0).to(tl.int32)
-    return ((byte >> (bit & 7).to(tl.int32)) & 1) != 0
+    row_bit = at.qo_idx.to(tl.int64) * at.kv_len
+    row = captured[0] + tl.load(captured[1] + at.request).to(tl.int64) + (row_bit >> 3)
+    bit = (row_bit & 7).to(tl.int32) + at.kv_idx
+    byte = tl.load(row + (bit >> 3), mask=inside, other=0).to(tl.int32)
+    return ((byte >> (bit & 7)) & 1) != 0
 
 
 def _twin(captured, at):

@@ -2,105 +2,149 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-
-class Rows(NamedTuple):
-    """New keys or values `[nnz, num_kv_heads, head_dim]`, strides in elements."""
-
-    data: torch.Tensor
-    stride_token: int
-    stride_head: int
+from flashinfer.device.fp8 import to_fp8, to_int8
+from flashinfer.device.search import upper_bound
 
 
-class Pages(NamedTuple):
-    """A cache `[pages, page_size, num_kv_heads, head_dim]`, strides in elements."""
+class Data(NamedTuple):
+    """New keys and values, and the caches they go to."""
 
-    data: torch.Tensor
-    stride_page: int
-    stride_slot: int
-    stride_head: int
+    key: torch.Tensor
+    value: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+
+
+class RowStrides(NamedTuple):
+    """Of new keys or values `[nnz, num_kv_heads, head_dim]`, in elements."""
+
+    token: int
+    head: int
+
+
+class PageStrides(NamedTuple):
+    """Of a cache `[pages, page_size, num_kv_heads, head_dim]`, in elements."""
+
+    page: int
+    slot: int
+    head: int
 
 
 class Table(NamedTuple):
-    """Where each token goes; int32."""
+    """Where each token goes, int32; or `batch_indices` are the slots, int32 or int64, and the rest is None."""
 
     batch_indices: torch.Tensor
-    positions: torch.Tensor
-    indices: torch.Tensor
-    indptr: torch.Tensor
+    positions: torch.Tensor | None
+    indices: torch.Tensor | None
+    indptr: torch.Tensor | None
+
+
+class Divisor(NamedTuple):
+    """What rows are divided by: a number, or fp32 data with one value (stride 0) or one a head (1)."""
+
+    value: float
+    data: torch.Tensor | None
+    stride: int
+
+
+@dataclass(frozen=True)
+class AppendConfig:
+    """head_dims: of K and V. code: "fp8" and "int8" are encoded to, "" is a cast. mantissa_bits: of the fp8."""
+
+    head_dims: tuple[int, int]
+    code: str
+    mantissa_bits: int
+    native_fp8: bool
+    scaled: bool
+    block_tokens: int
+    block_cols: int
 
 
 @triton.jit
-def encode_fp8(x, MANTISSA_BITS: tl.constexpr):
-    """fp32 to the bytes of e4m3fn (3 mantissa bits) or e5m2 (2): nearest even, saturating, NaN kept.
-
-    Integer arithmetic: sm_80 has no instruction for e4m3, and the interpreter rounds as a GPU does.
-    """
-    LIMIT: tl.constexpr = 448.0 if MANTISSA_BITS == 3 else 57344.0
-    BIAS: tl.constexpr = 7 if MANTISSA_BITS == 3 else 15
-    SHIFT: tl.constexpr = 23 - MANTISSA_BITS
-    bits = x.to(tl.int32, bitcast=True)
-    sign = (bits >> 24) & 0x80
-    magnitude = tl.minimum(tl.abs(x), LIMIT)
-    bits = magnitude.to(tl.int32, bitcast=True)
-    rounded = bits + ((1 << (SHIFT - 1)) - 1) + ((bits >> SHIFT) & 1)
-    normal = (rounded >> SHIFT) - ((127 - BIAS) << MANTISSA_BITS)
-    # Below the smallest normal number the fp32 adder rounds: added to `ANCHOR`, the last place is one subnormal step.
-    ANCHOR: tl.constexpr = 2.0 ** (24 - BIAS - MANTISSA_BITS)
-    anchor = tl.full(x.shape, ANCHOR, tl.float32)
-    subnormal = (magnitude + anchor).to(tl.int32, bitcast=True) - anchor.to(tl.int32, bitcast=True)
-    SMALLEST_NORMAL: tl.constexpr = 2.0 ** (1 - BIAS)
-    code = tl.where(magnitude < SMALLEST_NORMAL, subnormal, normal)
-    return (tl.where(x == x, code, 0x7F) | sign).to(tl.uint8)
-
-
-@triton.jit
-def copy_rows(rows, pages, offs_token, page, slot, mask_token, offs_col, num_heads, HEAD_DIM, FP8_MANTISSA_BITS):
-    """Copy columns `offs_col` of tokens `offs_token` to their pages, converting to the cache's dtype."""
-    head = (offs_col // HEAD_DIM)[None, :]
-    dim = (offs_col % HEAD_DIM)[None, :]
+def load_rows(data, strides, offs_token, mask_token, offs_col, num_heads, HEAD_DIM: tl.constexpr):
+    """Columns `offs_col` of tokens `offs_token`, as they are stored, and the mask of what there is of them."""
+    offset = (offs_col // HEAD_DIM).to(tl.int64) * strides.head + offs_col % HEAD_DIM
     mask = mask_token[:, None] & (offs_col < num_heads * HEAD_DIM)[None, :]
-    source = rows[0] + offs_token[:, None] * rows[1] + head * rows[2] + dim
-    target = pages[0] + (page * pages[1] + slot * pages[2])[:, None] + head.to(tl.int64) * pages[3] + dim
-    x = tl.load(source, mask=mask, other=0)
-    if FP8_MANTISSA_BITS > 0:
-        x = encode_fp8(x.to(tl.float32), FP8_MANTISSA_BITS)
-    tl.store(target, x.to(pages[0].dtype.element_ty), mask=mask)
+    return tl.load(data + offs_token[:, None] * strides.token + offset[None, :], mask=mask, other=0), mask
 
 
 @triton.jit
-def append_kernel(
-    key,
-    value,
-    k_cache,
-    v_cache,
-    table,
-    num_tokens,
-    num_heads,
-    page_size,
-    HEAD_DIMS: tl.constexpr,
-    FP8_MANTISSA_BITS: tl.constexpr,
-    BLOCK_TOKENS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-):
-    """Grid: (token blocks, column blocks). key, value: Rows; k_cache, v_cache: Pages; table: Table; HEAD_DIMS: of K, V.
+def store_rows(loaded, data, strides, divisor, places, offs_col, num_heads, cfg: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """Write loaded columns to their pages, divided and converted as the cache wants it; places: (page, slot, mask)."""
+    x, mask = loaded
+    page, slot, mask_token = places
+    head = offs_col // HEAD_DIM
+    if cfg.scaled:
+        if divisor[1] is None:
+            scale = tl.zeros([1], tl.float32) + divisor[0]
+        else:
+            scale = tl.load(divisor[1] + head * divisor[2], mask=offs_col < num_heads * HEAD_DIM, other=1.0)
+        x = x.to(tl.float32)
+        x = tl.div_rn(x, tl.broadcast_to(scale[None, :], x.shape))
+    if cfg.code == "fp8":
+        x = to_fp8(x.to(tl.float32), cfg.mantissa_bits, cfg.native_fp8)
+    elif cfg.code == "int8":
+        x = to_int8(x.to(tl.float32))
+    offset = head.to(tl.int64) * strides.head + offs_col % HEAD_DIM
+    target = data + (page * strides.page + slot * strides.slot)[:, None] + offset[None, :]
+    tl.store(target, x.to(data.dtype.element_ty), mask=mask & mask_token[:, None])
 
-    FP8_MANTISSA_BITS: 0 when the cache's dtype is not an fp8 to convert to. Offsets are 64-bit: page times stride, and
-    token times stride, pass 2^31 elements.
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def append_kernel(data, strides, table, k_divisor, v_divisor, num_tokens, num_heads, page_size, cfg: tl.constexpr):
+    """Grid: (token blocks, column blocks). data: Data, strides: one for each of it; table: Table; Divisors.
+
+    Offsets are 64-bit: page times stride, and token times stride, pass 2^31 elements. Everything is loaded before
+    anything is stored: no load can be moved over a store that might hit it.
     """
-    offs_token = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
-    offs_col = tl.program_id(1) * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    offs_token = tl.program_id(0).to(tl.int64) * cfg.block_tokens + tl.arange(0, cfg.block_tokens)
+    offs_col = tl.program_id(1) * cfg.block_cols + tl.arange(0, cfg.block_cols)
     mask = offs_token < num_tokens
-    request = tl.load(table[0] + offs_token, mask=mask, other=-1)
-    mask = mask & (request >= 0)
-    position = tl.load(table[1] + offs_token, mask=mask, other=0)
-    entry = tl.load(table[3] + request, mask=mask, other=0) + position // page_size
-    page = tl.load(table[2] + entry, mask=mask, other=0).to(tl.int64)
-    slot = (position % page_size).to(tl.int64)
-    copy_rows(key, k_cache, offs_token, page, slot, mask, offs_col, num_heads, HEAD_DIMS[0], FP8_MANTISSA_BITS)
-    copy_rows(value, v_cache, offs_token, page, slot, mask, offs_col, num_heads, HEAD_DIMS[1], FP8_MANTISSA_BITS)
+    loaded_k = load_rows(data.key, strides[0], offs_token, mask, offs_col, num_heads, cfg.head_dims[0])
+    loaded_v = load_rows(data.value, strides[1], offs_token, mask, offs_col, num_heads, cfg.head_dims[1])
+    index = tl.load(table[0] + offs_token, mask=mask, other=-1)
+    mask = mask & (index >= 0)
+    if table[1] is None:
+        page = (index // page_size).to(tl.int64)
+        slot = (index % page_size).to(tl.int64)
+    else:
+        position = tl.load(table[1] + offs_token, mask=mask, other=0)
+        entry = tl.load(table[3] + index, mask=mask, other=0) + position // page_size
+        page = tl.load(table[2] + entry, mask=mask, other=0).to(tl.int64)
+        slot = (position % page_size).to(tl.int64)
+    places = (page, slot, mask)
+    store_rows(loaded_k, data.k_cache, strides[2], k_divisor, places, offs_col, num_heads, cfg, cfg.head_dims[0])
+    store_rows(loaded_v, data.v_cache, strides[3], v_divisor, places, offs_col, num_heads, cfg, cfg.head_dims[1])
+
+
+@triton.jit(do_not_specialize=["num_tokens", "batch_size", "steps"])
+def batch_indices_kernel(
+    batch_indices, positions, append_indptr, seq_lens, num_tokens, batch_size, steps, BLOCK: tl.constexpr
+):
+    """The request and the position of each row, int32 `[num_tokens]`; (-1, 0) for rows past `append_indptr[-1]`."""
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = token < num_tokens
+    request = upper_bound(append_indptr + 1, batch_size, token, mask, steps)
+    inside = mask & (request < batch_size)
+    begin = tl.load(seq_lens + request, mask=inside, other=0) - tl.load(
+        append_indptr + request + 1, mask=inside, other=0
+    )
+    tl.store(batch_indices + token, tl.where(inside, request, -1), mask=mask)
+    tl.store(positions + token, tl.where(inside, begin + token, 0), mask=mask)
+
+
+@triton.jit(do_not_specialize=["batch_size"])
+def seq_lens_kernel(out, kv_indptr, kv_last_page_len, batch_size, page_size, BLOCK: tl.constexpr):
+    """Tokens of each request, int32 `[batch_size]`; 0 without pages."""
+    request = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = request < batch_size
+    pages = tl.load(kv_indptr + request + 1, mask=mask, other=0) - tl.load(kv_indptr + request, mask=mask, other=0)
+    last = tl.load(kv_last_page_len + request, mask=mask, other=0)
+    tl.store(out + request, tl.where(pages > 0, (pages - 1) * page_size + last, 0), mask=mask)

@@ -11,14 +11,19 @@ import triton
 import triton.language as tl
 
 from flashinfer.core.launch import alignment
+from flashinfer.ops.attention.device.factors import LOG2_E
 from flashinfer.ops.attention.variant import Variant
 
 
 class Hook(NamedTuple):
-    """One function of a variant and the values it captured; Triton keys the function by its source."""
+    """One function of a variant and the values it captured; Triton keys the function by its source.
+
+    unit: (inner, outer) of a logits hook that has them (see `variant.Part`), else ().
+    """
 
     fn: tl.constexpr
     captured: tuple[Any, ...]
+    unit: tuple[float, ...]
 
 
 class Hooks(NamedTuple):
@@ -41,7 +46,10 @@ def _compiled(function: Callable[..., Any]) -> Any:
 
 
 def _hooks(variant: Variant, hook: str) -> tuple[Hook, ...]:
-    return tuple(Hook(_compiled(getattr(part, hook)), part.captured) for part in variant.having(hook))
+    return tuple(
+        Hook(_compiled(getattr(part, hook)), part.captured, part.unit if hook == "logits" and part.unit else ())
+        for part in variant.having(hook)
+    )
 
 
 def hooks_of(variant: Variant) -> Hooks:
@@ -52,24 +60,35 @@ def hooks_of(variant: Variant) -> Hooks:
 class Traits(NamedTuple):
     """What a configuration depends on of a variant.
 
-    logits, key: whether such hooks exist. masks_have_bounds: whether the bounds say where every mask is True
+    logits, key, masks: whether such hooks exist. masks_have_bounds: whether the bounds say where every mask is True
     throughout; only then can a tile skip its mask.
     """
 
     logits: bool
     key: bool
+    masks: bool
     masks_have_bounds: bool
 
 
 def traits_of(variant: Variant) -> Traits:
     unbounded = any(part.mask is not None and part.bounds is None for part in variant.parts)
-    return Traits(bool(variant.having("logits")), bool(variant.having("key")), not unbounded)
+    logits, key, masks = (bool(variant.having(hook)) for hook in ("logits", "key", "mask"))
+    return Traits(logits, key, masks, not unbounded)
 
 
 def launch_key(variant: Variant) -> tuple[Any, ...]:
     """What a kernel compiled with this variant depends on: functions, numbers, kinds and alignment of tensors."""
     return tuple(
-        (part.name, part.logits, part.mask, part.bounds, part.key, part.query, *map(_kind, part.captured))
+        (
+            part.name,
+            part.unit is None,
+            part.logits,
+            part.mask,
+            part.bounds,
+            part.key,
+            part.query,
+            *map(_kind, part.captured),
+        )
         for part in variant.parts
     )
 
@@ -86,10 +105,35 @@ def fold_rotation(hooks, x, partner, pos, dims, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def fold_logits(hooks, x, at):
+def fold_logits(hooks, x, scale, at):
+    """Products times `scale` through all hooks, but for the last one's outer factor, left to `exponent_factor`.
+
+    The factors around and between hooks are multiplied up first, into one for each element.
+    """
+    factor = scale
     for i in tl.static_range(len(hooks)):
-        x = hooks[i].fn(hooks[i].captured, x, at)
+        if len(hooks[i].unit) > 0:
+            x = hooks[i].fn(hooks[i].captured, x * (factor * hooks[i].unit[0]), at)
+            factor = hooks[i].unit[1]
+        else:
+            x = hooks[i].fn(hooks[i].captured, x * factor, at)
+            factor = 1.0
+    if len(hooks) == 0:
+        x = x * scale
     return x
+
+
+@triton.jit
+def exponent_factor(hooks, scale, NATURAL: tl.constexpr):
+    """What turns the loop's logits into base-2 exponents: plain products leave their scale to this one factor."""
+    if NATURAL:
+        factor = LOG2_E + 0.0
+        if len(hooks) > 0:
+            if len(hooks[len(hooks) - 1].unit) > 0:
+                factor = LOG2_E * hooks[len(hooks) - 1].unit[1]
+    else:
+        factor = scale * LOG2_E
+    return factor
 
 
 @triton.jit

@@ -2,13 +2,37 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
-from flashinfer.ops.attention.triton.hooks import fold_bounds
+from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.workspace import Arena
+from flashinfer.ops.attention.device.hooks import fold_bounds
+from flashinfer.ops.attention.plan import RECORD_FIELDS, SHARE_FIELDS
+from flashinfer.ops.attention.spec import Batch
+
+PLANNER_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class PlannerConfig:
+    """What the planner is compiled for; see `plan.Tiling` and `plan.schedule`.
+
+    page_size: 1 if ragged. masks_have_bounds: see `hooks.Traits`.
+    """
+
+    num_kv_heads: int
+    group: int
+    page_size: int
+    block_m: int
+    block_n: int
+    item_cost: int
+    masks_have_bounds: bool
 
 
 class Requests(NamedTuple):
@@ -156,3 +180,40 @@ def planner_kernel(
         tl.store(row + 10, record, mask=mask)
         tl.store(row + 11, floor + program * 0, mask=mask)
         tl.store(row + 12, extra + program * 0, mask=mask)
+
+
+_launch_planner = Prebound(planner_kernel)
+
+
+def planner_tables(arena: Arena, num_programs: int, batch: Batch, cfg: PlannerConfig) -> ScheduleTables:
+    """Tables large enough for `batch.total_rows` queries, however they fall on requests."""
+    assert batch.total_rows is not None
+    capacity = -(-batch.total_rows * cfg.group // cfg.block_m) + batch.batch_size
+    return ScheduleTables(
+        arena.private("first", (capacity + 1,), torch.int64),
+        # One record past the end may be read ahead; it is never worked on.
+        arena.private("records", (capacity + 1, RECORD_FIELDS), torch.int64),
+        arena.private("shares", (num_programs + 1, SHARE_FIELDS), torch.int64),
+        arena.private("tile_base", (batch.batch_size + 1,), torch.int32),
+    )
+
+
+def launch_planner(
+    cfg: PlannerConfig,
+    batch: Batch,
+    tables: ScheduleTables,
+    bounds: tuple[Any, ...],
+    uniform_qo_len: int | None,
+    num_programs: int,
+    key: Hashable,
+) -> None:
+    """Fill the tables; key: what `bounds` and cfg depend on (see `Prebound`)."""
+    indices = Requests(batch.qo_indptr, batch.kv_indptr, batch.last_page_len)
+    uniform = uniform_qo_len or 0
+    _launch_planner(
+        (1, 1, 1),
+        (cfg, key, alignment(*indices), uniform),
+        (indices, tables, bounds, batch.batch_size, batch.total_rows, num_programs, cfg, uniform, PLANNER_BLOCK),
+        batch.kv_indptr.device,
+        num_warps=8,
+    )

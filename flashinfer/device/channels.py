@@ -1,0 +1,154 @@
+"""Channels between the warps of a Hopper kernel: who may touch which shared memory, and when.
+
+One producer warp fills tiles by TMA; consumer warpgroups read them. "Full" is an mbarrier on which the bytes arrive.
+"Empty" is a named hardware barrier: mbarrier.arrive costs a barrier of the whole warpgroup in Gluon's lowering, a named
+one does not. The n-th tile of a ring lies in stage n modulo STAGES, a power of two; both sides count n alike.
+`tests/unit/test_channels.py` holds a model of the protocol.
+"""
+
+import math
+
+from flashinfer.device.gluon import aggregate, constructor, gl, jit, mbarrier
+
+PRODUCER_THREADS = gl.constexpr(32)
+CONSUMER_THREADS = gl.constexpr(128)
+
+
+@jit
+def named_sync(barrier, threads):
+    """Wait on hardware barrier `barrier` until `threads` threads have come to it, those that only arrive included."""
+    gl.inline_asm_elementwise(
+        "bar.sync $1, $2; mov.u32 $0, $1;",
+        "=r,r,r,~{memory}",
+        [gl.to_tensor(barrier), gl.to_tensor(threads)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@jit
+def named_arrive(barrier, threads):
+    """Count the calling threads at hardware barrier `barrier` and go on."""
+    gl.inline_asm_elementwise(
+        "bar.arrive $1, $2; mov.u32 $0, $1;",
+        "=r,r,r,~{memory}",
+        [gl.to_tensor(barrier), gl.to_tensor(threads)],
+        dtype=gl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@aggregate
+class Ring:
+    """Tiles that go from the producer to every consumer.
+
+    parts `[stages * PARTS, rows, columns]`: as the consumers read them. boxes: the same memory as TMA fills it, BOXES a
+    tile. full: one mbarrier a stage. EMPTY: hardware barrier of stage 0, the next ones are those of the next stages.
+    """
+
+    parts: gl.shared_memory_descriptor
+    boxes: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    STAGES: gl.constexpr
+    SHIFT: gl.constexpr
+    PARTS: gl.constexpr
+    BOXES: gl.constexpr
+    BYTES: gl.constexpr
+    EMPTY: gl.constexpr
+    THREADS: gl.constexpr
+
+    @constructor
+    def __init__(self, parts, boxes, full, STAGES, EMPTY, CONSUMERS):
+        self.parts = parts
+        self.boxes = boxes
+        self.full = full
+        self.STAGES = gl.constexpr(STAGES)
+        self.SHIFT = gl.constexpr(STAGES.bit_length() - 1)
+        self.PARTS = gl.constexpr(parts.shape[0] // STAGES)
+        self.BOXES = gl.constexpr(boxes.shape[0] // STAGES)
+        self.BYTES = gl.constexpr(math.prod(parts.shape) // STAGES * parts.dtype.primitive_bitwidth // 8)
+        self.EMPTY = gl.constexpr(EMPTY)
+        self.THREADS = gl.constexpr(CONSUMERS * CONSUMER_THREADS.value + PRODUCER_THREADS.value)
+
+    @jit
+    def stage(self, n):
+        return n & (self.STAGES - 1)
+
+    @jit
+    def acquire(self, n):
+        """Producer: wait until the stage of tile n is free, and announce the tile's bytes."""
+        if n >= self.STAGES:
+            named_sync(self.EMPTY + self.stage(n), self.THREADS)
+        mbarrier.expect(self.full.index(self.stage(n)), self.BYTES)
+
+    @jit
+    def box(self, n, i):
+        """Where box i of tile n lies."""
+        return self.boxes.index(self.stage(n) * self.BOXES + i)
+
+    @jit
+    def landing(self, n):
+        """Producer: the mbarrier on which the boxes of tile n arrive."""
+        return self.full.index(self.stage(n))
+
+    @jit
+    def drain(self, n):
+        """Producer: after n tiles, meet the consumers' last releases; a barrier must not be left half counted."""
+        for i in range(gl.maximum(n - self.STAGES, 0), n):
+            named_sync(self.EMPTY + self.stage(i), self.THREADS)
+
+    @jit
+    def wait(self, n, pred=True):
+        """Consumer: wait until tile n has arrived, if `pred`."""
+        mbarrier.wait(self.full.index(self.stage(n)), (n >> self.SHIFT) & 1, pred=pred)
+
+    @jit
+    def part(self, n, i):
+        """Consumer: part i of tile n, after `wait`."""
+        return self.parts.index(self.stage(n) * self.PARTS + i)
+
+    @jit
+    def release(self, n):
+        """Consumer: tile n has been read; every warpgroup releases every tile."""
+        named_arrive(self.EMPTY + self.stage(n), self.THREADS)
+
+
+@aggregate
+class Turns:
+    """Warpgroups take turns at the tensor cores, so that one computes exponentials while another multiplies.
+
+    FlashAttention-3's ping-pong (Shah et al., arXiv 2407.08608, section 3.1), for COUNT warpgroups of which this is
+    number ME. FIRST: hardware barrier of warpgroup 0, the next ones are those of the next warpgroups.
+    """
+
+    FIRST: gl.constexpr
+    ME: gl.constexpr
+    COUNT: gl.constexpr
+
+    @constructor
+    def __init__(self, FIRST, ME, COUNT):
+        self.FIRST = gl.constexpr(FIRST)
+        self.ME = gl.constexpr(ME)
+        self.COUNT = gl.constexpr(COUNT)
+
+    @jit
+    def begin(self):
+        """Warpgroup 0 has the first turn."""
+        if self.ME == self.COUNT - 1:
+            named_arrive(self.FIRST, 2 * CONSUMER_THREADS)
+
+    @jit
+    def take(self):
+        named_sync(self.FIRST + self.ME, 2 * CONSUMER_THREADS)
+
+    @jit
+    def give(self):
+        named_arrive(self.FIRST + (self.ME + 1) % self.COUNT, 2 * CONSUMER_THREADS)
+
+    @jit
+    def end(self):
+        """Take the turn that nobody wants any more."""
+        if self.ME == 0:
+            named_sync(self.FIRST, 2 * CONSUMER_THREADS)

@@ -1,0 +1,42 @@
+"""Gluon under one set of names: what Triton renamed between 3.6 and the newest, in one place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import hopper
+
+jit = gluon.jit
+aggregate: Any = getattr(gluon, "aggregate", None) or tl.core._aggregate
+# An aggregate's constructor runs in Python, at compile time.
+constructor = gluon.constexpr_function
+mbarrier = hopper.mbarrier
+fence_async_shared = hopper.fence_async_shared
+warpgroup_mma = hopper.warpgroup_mma
+warpgroup_mma_wait = hopper.warpgroup_mma_wait
+tma_load: Any = getattr(hopper.tma, "async_load", None) or hopper.tma.async_copy_global_to_shared
+tma_store: Any = getattr(hopper.tma, "async_store", None) or hopper.tma.async_copy_shared_to_global
+tma_store_wait = hopper.tma.store_wait
+# (memory, dtype, shape, layout): the same shared memory under another shape and layout.
+_descriptor: Any = gl.shared_memory_descriptor
+reinterpret: Any = getattr(_descriptor, "reinterpret", None) or _descriptor._reinterpret
+# Synchronises the warps of one partition.
+partition_barrier: Any = getattr(gl, "barrier", None) or gl.thread_barrier
+__all__ = [
+    "aggregate",
+    "constructor",
+    "fence_async_shared",
+    "gl",
+    "jit",
+    "mbarrier",
+    "partition_barrier",
+    "reinterpret",
+    "tma_load",
+    "tma_store",
+    "tma_store_wait",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]

@@ -1,0 +1,1 @@
+"""Compiled functions and launch records that the implementations of attention share."""

@@ -1,0 +1,106 @@
+"""Tile shapes and schedule of the Hopper prefill: which configuration a spec gets."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+from flashinfer.ops.attention.device.hooks import Traits
+from flashinfer.ops.attention.device.planner import PlannerConfig
+from flashinfer.ops.attention.gluon_sm90.kernel import GluonConfig
+from flashinfer.ops.attention.spec import AttentionSpec
+
+# Tokens of a TMA box, at most.
+BOX = 64
+# Queries of a warpgroup; two warpgroups make a query tile.
+ROWS = 64
+# Query heads worked on side by side: their K and V share the L2 cache.
+HEAD_BLOCK = 8
+# Bytes of L2 that the K and V of one section of requests may fill.
+SECTION_BYTES = 24 << 20
+
+
+class Schedule(NamedTuple):
+    """What measuring decides, each on or off: see the fields of these names in `GluonConfig`."""
+
+    persistent: bool
+    turns: bool
+
+
+_imposed: ContextVar[Schedule | None] = ContextVar("_imposed", default=None)
+
+
+@contextmanager
+def imposed(schedule: Schedule) -> Iterator[None]:
+    """For measuring: plans made inside, in this thread, get `schedule` instead of the tuned one."""
+    token = _imposed.set(schedule)
+    try:
+        yield
+    finally:
+        _imposed.reset(token)
+
+
+@cache
+def tuned() -> dict[tuple[int, bool], Schedule]:
+    """What `bench.tune` measured and wrote: the schedule of each (head_dim, whether the variant masks)."""
+    text = files("flashinfer.ops.attention").joinpath("tuned", "sm90.json").read_text(encoding="utf-8")
+    return {
+        (entry["head_dim"], entry["masks"]): Schedule(*(entry["schedule"][name] for name in Schedule._fields))
+        for entry in json.loads(text)["entries"]
+    }
+
+
+def choose(spec: AttentionSpec, traits: Traits) -> GluonConfig:
+    """The kernel for `spec`."""
+    return configured(spec, traits, _imposed.get() or tuned()[spec.head_dim_qk, traits.masks])
+
+
+@cache
+def configured(spec: AttentionSpec, traits: Traits, schedule: Schedule) -> GluonConfig:
+    """The kernel for `spec` under a given schedule."""
+    group, heads = spec.group_size, spec.num_qo_heads
+    wide = spec.head_dim_qk > 128
+    return GluonConfig(
+        head_dim=spec.head_dim_qk,
+        groups=2,
+        rows=ROWS,
+        # Registers: a wide head's accumulator, or the bits of a mask for which there are no bounds, leave half.
+        block_n=64 if wide or not traits.masks_have_bounds else 128,
+        stages=2,
+        q_stages=2 if schedule.persistent and not wide else 1,
+        box=math.gcd(spec.page_size, BOX) if spec.paged else BOX,
+        page_size=spec.page_size if spec.paged else 0,
+        head_block=HEAD_BLOCK if heads % HEAD_BLOCK == 0 and HEAD_BLOCK % group == 0 else heads,
+        persistent=schedule.persistent,
+        share_out=wide,
+        natural_logits=traits.logits,
+        masks_have_bounds=traits.masks_have_bounds,
+        registers=240,
+        turns=schedule.turns,
+    )
+
+
+@cache
+def planner_config(spec: AttentionSpec, config: GluonConfig) -> PlannerConfig:
+    """Query tiles are of one head: no packing, and every query head is a column of its own."""
+    return PlannerConfig(
+        num_kv_heads=spec.num_qo_heads,
+        group=1,
+        page_size=spec.page_size,
+        block_m=config.groups * config.rows,
+        block_n=config.block_n,
+        item_cost=0,
+        masks_have_bounds=config.masks_have_bounds,
+    )
+
+
+def section_tokens(spec: AttentionSpec, config: GluonConfig) -> int:
+    """Tokens whose K and V, for the heads worked on side by side, fill SECTION_BYTES."""
+    kv_heads = max(1, config.head_block // spec.group_size)
+    return max(1, SECTION_BYTES // (kv_heads * 2 * spec.head_dim_qk * spec.kv_dtype.itemsize))

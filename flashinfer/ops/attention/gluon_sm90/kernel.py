@@ -1,0 +1,424 @@
+"""Prefill on Hopper: one producer warp, consumer warpgroups of 64 queries each, asynchronous products.
+
+While the tensor cores multiply S_j = Q K_j^T and O += P_{j-1} V_{j-1}, another warpgroup computes exponentials
+(FlashAttention-3: Shah et al., arXiv 2407.08608). Tiles go from the last to the first, so that those at the diagonal
+and at the end of the keys, which need masks, come first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from flashinfer.device.channels import Ring, Turns
+from flashinfer.device.gluon import (
+    fence_async_shared,
+    gl,
+    jit,
+    mbarrier,
+    partition_barrier,
+    reinterpret,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from flashinfer.ops.attention.device.factors import LOG2_E
+from flashinfer.ops.attention.device.hooks import exponent_factor, fold_bounds
+from flashinfer.ops.attention.gluon_sm90.softmax import online, row_sums, transformed
+
+# A TMA box is at most 128 bytes wide under the widest swizzle.
+BOX_COLUMNS = gl.constexpr(64)
+# A coordinate past every tensor: TMA fills the box with zeros.
+NOWHERE = gl.constexpr(0x7F000000)
+# Hardware barriers that the compiler leaves free.
+FIRST_BARRIER = gl.constexpr(6)
+FIELDS = gl.constexpr(8)
+
+
+@dataclass(frozen=True)
+class GluonConfig:
+    """Everything the kernel is compiled for, besides dtypes and the variant's functions.
+
+    rows: queries of a warpgroup, of which there are `groups`. stages: K tiles, and V tiles, in flight; q_stages: work
+    items whose queries are. box: tokens of a TMA box; page_size: 0 if ragged. head_block: query heads worked on side by
+    side (they share K and V in the L2 cache). share_out: the output leaves through the memory of the queries.
+    natural_logits, masks_have_bounds: as in the Triton kernel. registers: of a consumer thread. turns: whether
+    warpgroups take turns at the tensor cores.
+    """
+
+    head_dim: int
+    groups: int
+    rows: int
+    block_n: int
+    stages: int
+    q_stages: int
+    box: int
+    page_size: int
+    head_block: int
+    persistent: bool
+    share_out: bool
+    natural_logits: bool
+    masks_have_bounds: bool
+    registers: int
+    turns: bool
+
+
+class Tiles(NamedTuple):
+    """The work: `tiles` int32 `[capacity, 8]`, records of `plan.py` in working order; num_tiles: int32 `[1]`."""
+
+    tiles: torch.Tensor
+    num_tiles: torch.Tensor
+
+
+class Heads(NamedTuple):
+    """num_qo_heads, and query heads a KV head."""
+
+    num_heads: int
+    group: int
+
+
+class Output(NamedTuple):
+    """out `[rows, num_qo_heads, head_dim]`, strides in elements; lse fp32 `[rows, num_qo_heads]` or None."""
+
+    data: torch.Tensor
+    stride_row: int
+    stride_head: int
+    lse: torch.Tensor | None
+    lse_stride: int
+
+
+@jit
+def _rounds(num_tiles, heads, cfg: gl.constexpr):
+    """How many work items this program has."""
+    total = num_tiles * heads.num_heads
+    if cfg.persistent:
+        return (total - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
+    else:
+        return gl.where(gl.program_id(0) < total, 1, 0)
+
+
+@jit
+def _item(work, num_tiles, n, cfg: gl.constexpr):
+    """Record and query head of this program's n-th work item: blocks of heads, then records, then heads."""
+    place = gl.program_id(0) + n * gl.num_programs(0)
+    a_block = num_tiles * cfg.head_block
+    block = place // a_block
+    left = place - block * a_block
+    slot = left // cfg.head_block
+    return work.tiles + slot * FIELDS, block * cfg.head_block + (left - slot * cfg.head_block)
+
+
+@jit
+def _fill(desc, ring, n, place, indices, cfg: gl.constexpr):
+    """Tile n of a ring: the block_n tokens from `token` on. place: (first entry or token of the request, token,
+    kv_len, KV head)."""
+    kv_begin, token, kv_len, kv_head = place
+    HALVES: gl.constexpr = cfg.head_dim // BOX_COLUMNS
+    BOXES: gl.constexpr = cfg.block_n // cfg.box
+    # Page numbers are asked for two at a time, the first ones before the wait for a free stage.
+    AHEAD: gl.constexpr = 2 if BOXES > 1 else 1
+    BATCHES: gl.constexpr = BOXES // AHEAD
+    for b in gl.static_range(BATCHES):
+        pages = ()
+        for x in gl.static_range(AHEAD):
+            at = token + (b * AHEAD + x) * cfg.box
+            if cfg.page_size > 0:
+                page = gl.load(indices + kv_begin + at // cfg.page_size, mask=at < kv_len, other=NOWHERE)
+            else:
+                page = gl.where(at < kv_len, 0, NOWHERE)
+            pages = pages + (page,)
+        if b == 0:
+            ring.acquire(n)
+        for x in gl.static_range(AHEAD):
+            slot = token + (b * AHEAD + x) * cfg.box
+            if cfg.page_size > 0:
+                slot = slot % cfg.page_size
+            else:
+                slot = slot + kv_begin
+            for h in gl.static_range(HALVES):
+                where = [pages[x], slot, kv_head, h * BOX_COLUMNS]
+                tma_load(desc, where, ring.landing(n), ring.box(n, h * BOXES + b * AHEAD + x))
+
+
+@jit
+def _producer(descs, channels, work, heads, indices, cfg: gl.constexpr):
+    """One warp: queries, then K_0, K_1, V_0, K_2, V_1, ... of each work item, from its last tile to its first."""
+    q_desc, k_desc, v_desc, _ = descs
+    queries, keys, values = channels
+    HALVES: gl.constexpr = cfg.head_dim // BOX_COLUMNS
+    PARTS: gl.constexpr = cfg.groups * HALVES
+    num_tiles = gl.load(work.num_tiles)
+    done = 0
+    for n in range(0, _rounds(num_tiles, heads, cfg)):
+        record, qo_head = _item(work, num_tiles, n, cfg)
+        q_row = gl.load(record + 6) + gl.load(record + 1) * (cfg.groups * cfg.rows)
+        kv_tiles = gl.load(record + 3)
+        last = gl.load(record + 2) + kv_tiles - 1
+        kv_len = gl.load(record + 4)
+        kv_begin = gl.load(record + 5)
+        kv_head = qo_head // heads.group
+        queries.acquire(n)
+        for i in gl.static_range(PARTS):
+            where = [q_row + i // HALVES * cfg.rows, qo_head, i % HALVES * BOX_COLUMNS]
+            tma_load(q_desc, where, queries.landing(n), queries.box(n, i))
+        for j in range(0, kv_tiles + 1):
+            if j < kv_tiles:
+                _fill(k_desc, keys, done + j, (kv_begin, (last - j) * cfg.block_n, kv_len, kv_head), indices, cfg)
+            if j > 0:
+                place = (kv_begin, (last - j + 1) * cfg.block_n, kv_len, kv_head)
+                _fill(v_desc, values, done + j - 1, place, indices, cfg)
+        done += kv_tiles
+    queries.drain(_rounds(num_tiles, heads, cfg))
+    keys.drain(done)
+    values.drain(done)
+
+
+@jit
+def _zero_tail(values, n, rest, cfg: gl.constexpr):
+    """V rows of the last tile from token `rest` on may hold anything, and 0 * NaN is NaN.
+
+    Boxes wholly past the end were filled with zeros: only the one in which the request ends is left to do.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    BOXES: gl.constexpr = cfg.block_n // cfg.box
+    HALVES: gl.constexpr = cfg.head_dim // BOX_COLUMNS
+    for h in gl.static_range(HALVES):
+        box = values.box(n, h * BOXES + rest // cfg.box).reshape([cfg.box, BOX_COLUMNS])
+        x = box.load(LAYOUT)
+        row = gl.arange(0, cfg.box, gl.SliceLayout(1, LAYOUT))
+        box.store(gl.where((row < rest % cfg.box)[:, None], x, gl.full([cfg.box, BOX_COLUMNS], 0.0, x.dtype, LAYOUT)))
+    fence_async_shared()
+    partition_barrier()
+
+
+@jit
+def _step(q, state, channels, n, end, item, begin, hooks, scale, turns, MASK: gl.constexpr, cfg: gl.constexpr,
+          SL: gl.constexpr, OL: gl.constexpr, PL: gl.constexpr):  # fmt: skip
+    """One KV tile: its products run beside those of the tile before with V, its softmax beside the latter."""
+    p, acc, m_i, l_i = state
+    _, keys, values = channels
+    zero = gl.full([cfg.rows, cfg.block_n], 0.0, gl.float32, SL)
+    if cfg.turns:
+        turns.take()
+    s = warpgroup_mma(q, keys.part(n, 0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    # P stays fp32 until here: converted earlier, its packing would delay the product above.
+    weights = gl.convert_layout(p.to(q.dtype), PL)
+    values.wait(n - 1)
+    acc = warpgroup_mma(weights, values.part(n - 1, 0), acc, is_async=True)
+    if cfg.turns:
+        turns.give()
+    s = warpgroup_mma_wait(1, deps=[s])
+    keys.release(n)
+    s = transformed(s, item, begin, hooks, scale, MASK, cfg, SL)
+    p, m_i, alpha = online(s, m_i, hooks, scale, cfg)
+    sums = row_sums(p, cfg.rows, cfg.block_n)
+    # The wait for the next K tile stands here: a spin loop ends a basic block, which keeps ptxas from hoisting the wait
+    # for P V above the exponentials.
+    keys.wait(n + 1, n + 1 < end)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    values.release(n - 1)
+    l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + sums
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OL))[:, None]
+    return p, acc, m_i, l_i
+
+
+@jit
+def _write(state, record, qo_head, output, o_desc, outputs, outlet, hooks, factors, scale, CID: gl.constexpr,
+           cfg: gl.constexpr, OL: gl.constexpr):  # fmt: skip
+    """out = acc / l * output scale, lse = m + log2(l) of one warpgroup's rows; m in units of its logits."""
+    acc, m_i, l_i = state
+    # Read again: kept, they would cost registers in the loop.
+    q_lo = gl.load(record + 1) * (cfg.groups * cfg.rows) + CID * cfg.rows
+    q_row = gl.load(record + 6) + q_lo
+    qo_len = gl.load(record + 7)
+    m_i = m_i * exponent_factor(hooks.logits, scale, cfg.natural_logits)
+    if factors.sinks is not None:
+        sink = gl.load(factors.sinks + qo_head) * LOG2_E
+        m_new = gl.maximum(m_i, sink)
+        shift = gl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = gl.exp2(m_i - shift)
+        l_i = l_i * alpha + gl.exp2(sink - shift)
+        acc = acc * alpha[:, None]
+        m_i = m_new
+    # l = 0 only where a row saw nothing: its output is 0 and its lse -inf; NaN stays NaN.
+    norm = gl.where(l_i == 0, 0.0, factors.output_scale / l_i)
+    if factors.output is not None:
+        norm = norm * gl.load(factors.output + qo_head * factors.output_stride)
+    value = (acc * norm[:, None]).to(o_desc.dtype)
+    offs_m = gl.arange(0, cfg.rows, gl.SliceLayout(1, OL))
+    mask_row = q_lo + offs_m < qo_len
+    row = (q_row + offs_m).to(gl.int64)
+    if output.lse is not None:
+        lse = gl.where(l_i == 0, float("-inf"), m_i + gl.log2(l_i))
+        gl.store(output.lse + row * output.lse_stride + qo_head, lse, mask=mask_row)
+    if q_lo + cfg.rows <= qo_len:
+        outputs.part(outlet, CID).store(value)
+        fence_async_shared()
+        HALVES: gl.constexpr = cfg.head_dim // BOX_COLUMNS
+        for h in gl.static_range(HALVES):
+            tma_store(o_desc, [q_row, qo_head, h * BOX_COLUMNS], outputs.box(outlet, CID * HALVES + h))
+    else:
+        offs_d = gl.arange(0, cfg.head_dim, gl.SliceLayout(0, OL))
+        offs = row[:, None] * output.stride_row + (qo_head * output.stride_head + offs_d)[None, :]
+        gl.store(output.data + offs, value, mask=mask_row[:, None])
+
+
+@jit
+def _consumer(descs, channels, outputs, output, work, heads, hooks, factors, CID: gl.constexpr, cfg: gl.constexpr):
+    """One warpgroup: `rows` queries of each work item."""
+    queries, keys, values = channels
+    dtype: gl.constexpr = descs[0].dtype
+    SL: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, cfg.block_n, 16]
+    )
+    OL: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, cfg.head_dim, 16]
+    )
+    PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
+    turns = Turns(FIRST_BARRIER, CID, cfg.groups)
+    if cfg.turns:
+        turns.begin()
+    num_tiles = gl.load(work.num_tiles)
+    done = 0
+    for n in range(0, _rounds(num_tiles, heads, cfg)):
+        record, qo_head = _item(work, num_tiles, n, cfg)
+        request = gl.load(record)
+        q_lo = gl.load(record + 1) * (cfg.groups * cfg.rows) + CID * cfg.rows
+        kv_tile = gl.load(record + 2)
+        kv_tiles = gl.load(record + 3)
+        kv_len = gl.load(record + 4)
+        qo_len = gl.load(record + 7)
+        item = (request, q_lo, qo_head, qo_len, kv_len)
+        scale = factors.sm_scale
+        if factors.logits is not None:
+            scale = scale * gl.load(factors.logits + qo_head * factors.logits_stride)
+        q_hi = gl.minimum(q_lo + cfg.rows, qo_len)
+        _, _, full_lo, full_hi = fold_bounds(hooks.bounds, q_lo, q_hi, qo_len, kv_len, cfg.masks_have_bounds)
+        last = kv_tile + kv_tiles - 1
+        # Steps: the first one and those before `plain` need masks, those before `head` none, the rest again.
+        plain = gl.minimum(gl.maximum(last + 1 - full_hi // cfg.block_n, 1), kv_tiles)
+        if len(hooks.mask) == 0:
+            # Nothing but the end of the keys, which lies in the first tile; the compiler drops the other masked loop.
+            plain = 1
+        head = gl.minimum(gl.maximum(last + 1 - (full_lo + cfg.block_n - 1) // cfg.block_n, plain), kv_tiles)
+        # Where nothing bounds the keys from the left the compiler sees this, and drops the last loop.
+        head = gl.where(full_lo == 0, kv_tiles, head)
+        end = done + kv_tiles
+
+        queries.wait(n)
+        q = queries.part(n, CID)
+        keys.wait(done)
+        zero = gl.full([cfg.rows, cfg.block_n], 0.0, gl.float32, SL)
+        m_i = gl.full([cfg.rows], float("-inf"), gl.float32, gl.SliceLayout(1, SL))
+        if cfg.turns:
+            turns.take()
+        s = warpgroup_mma(q, keys.part(done, 0).permute((1, 0)), zero, use_acc=False, is_async=True)
+        if cfg.turns:
+            turns.give()
+        s = warpgroup_mma_wait(0, deps=[s])
+        keys.release(done)
+        s = transformed(s, item, last * cfg.block_n, hooks, scale, True, cfg, SL)
+        p, m_i, _ = online(s, m_i, hooks, scale, cfg)
+        l_i = row_sums(p, cfg.rows, cfg.block_n)
+        acc = gl.full([cfg.rows, cfg.head_dim], 0.0, gl.float32, OL)
+        rest = kv_len - last * cfg.block_n
+        if (rest < cfg.block_n) & (rest % cfg.box != 0):
+            values.wait(done)
+            _zero_tail(values, done, rest, cfg)
+        keys.wait(done + 1, kv_tiles > 1)
+        state = (p, acc, m_i, l_i)
+        for j in range(1, plain):
+            begin = (last - j) * cfg.block_n
+            state = _step(q, state, channels, done + j, end, item, begin, hooks, scale, turns, True, cfg, SL, OL, PL)
+        for j in range(plain, head):
+            begin = (last - j) * cfg.block_n
+            state = _step(q, state, channels, done + j, end, item, begin, hooks, scale, turns, False, cfg, SL, OL, PL)
+        for j in range(head, kv_tiles):
+            begin = (last - j) * cfg.block_n
+            state = _step(q, state, channels, done + j, end, item, begin, hooks, scale, turns, True, cfg, SL, OL, PL)
+        p, acc, m_i, l_i = state
+        if not cfg.share_out:
+            queries.release(n)
+        done = end
+        values.wait(done - 1)
+        weights = gl.convert_layout(p.to(dtype), PL)
+        acc = warpgroup_mma(weights, values.part(done - 1, 0), acc, is_async=True)
+        l_row = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, OL))
+        m_row = gl.convert_layout(m_i, gl.SliceLayout(1, OL))
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        values.release(done - 1)
+        # The store of the item before has left the buffer.
+        tma_store_wait(0)
+        state = (acc, m_row, l_row)
+        # Where memory is short the output leaves through that of this item's queries.
+        outlet = n if cfg.share_out else 0
+        _write(state, record, qo_head, output, descs[3], outputs, outlet, hooks, factors, scale, CID, cfg, OL)
+        if cfg.share_out:
+            tma_store_wait(0)
+            queries.release(n)
+    if cfg.turns:
+        turns.end()
+    tma_store_wait(0)
+
+
+@jit
+def _ring(desc, STAGES: gl.constexpr, PARTS: gl.constexpr, ROWS: gl.constexpr, FIRST: gl.constexpr, cfg: gl.constexpr):
+    """A ring of tiles of PARTS parts of ROWS rows each, its barriers ready."""
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    BOX_ROWS: gl.constexpr = desc.block_type.numel // BOX_COLUMNS
+    BOXES: gl.constexpr = cfg.head_dim // BOX_COLUMNS * PARTS * (ROWS // BOX_ROWS)
+    shape: gl.constexpr = [STAGES * BOXES] + desc.block_type.shape
+    boxes = gl.allocate_shared_memory(desc.dtype, shape, desc.layout)
+    parts = reinterpret(boxes, desc.dtype, [STAGES * PARTS, ROWS, cfg.head_dim], SHARED)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+    return Ring(parts, boxes, full, STAGES, FIRST, cfg.groups)
+
+
+@jit
+def prefill_kernel(q_desc, k_desc, v_desc, o_desc, output, work, indices, heads, hooks, factors, cfg: gl.constexpr):
+    """Grid: one program an SM if persistent, else one a work item. indices: page table int32, or None if ragged.
+
+    Descriptors: q and out `[rows, heads, dim]`, boxes of `cfg.rows` x 64; k and v `[pages, page_size, heads, dim]`
+    (ragged: one page), boxes of `cfg.box` x 64.
+    """
+    # Hardware barriers: the turns, then one a stage of each ring.
+    FIRST_EMPTY: gl.constexpr = FIRST_BARRIER + cfg.groups
+    Q_STAGES: gl.constexpr = cfg.q_stages
+    STAGES: gl.constexpr = cfg.stages
+    queries = _ring(q_desc, Q_STAGES, cfg.groups, cfg.rows, FIRST_EMPTY, cfg)
+    keys = _ring(k_desc, STAGES, 1, cfg.block_n, FIRST_EMPTY + Q_STAGES, cfg)
+    values = _ring(v_desc, STAGES, 1, cfg.block_n, FIRST_EMPTY + Q_STAGES + STAGES, cfg)
+    outputs = queries
+    if not cfg.share_out:
+        outputs = _ring(o_desc, 1, cfg.groups, cfg.rows, FIRST_EMPTY, cfg)
+    fence_async_shared()
+    descs = (q_desc, k_desc, v_desc, o_desc)
+    channels = (queries, keys, values)
+    REGISTERS: gl.constexpr = cfg.registers
+    if cfg.groups == 2:
+        gl.warp_specialize(
+            [
+                (_consumer, (descs, channels, outputs, output, work, heads, hooks, factors, 0, cfg)),
+                (_consumer, (descs, channels, outputs, output, work, heads, hooks, factors, 1, cfg)),
+                (_producer, (descs, channels, work, heads, indices, cfg)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (descs, channels, outputs, output, work, heads, hooks, factors, 0, cfg)),
+                (_consumer, (descs, channels, outputs, output, work, heads, hooks, factors, 1, cfg)),
+                (_consumer, (descs, channels, outputs, output, work, heads, hooks, factors, 2, cfg)),
+                (_producer, (descs, channels, work, heads, indices, cfg)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 32],
+        )

@@ -1,0 +1,211 @@
+"""The Hopper prefill: every option in its own kernel, what it refuses and why, and random cases in numbers."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+import flashinfer
+from flashinfer.core.arch import arch_of
+from flashinfer.core.select import BackendSupportedError
+from flashinfer.ops.attention.support import gluon_sm90_supports
+from flashinfer.ops.attention.wrapper import attention_spec
+from flashinfer.testing import poisoned
+
+from .common import (
+    DEVICE,
+    PREFILLS,
+    Case,
+    check,
+    make,
+    paged_cache,
+    plan_prefill,
+    plan_ragged,
+    prefill_wrapper,
+    ragged_wrapper,
+    random_lengths,
+    run_paged,
+    run_ragged,
+)
+
+HALVES = (torch.float16, torch.bfloat16)
+SPEC = attention_spec((8, 2), (128, 128), 16, (torch.bfloat16,) * 3)
+HERE = gluon_sm90_supports(SPEC, arch_of(DEVICE))
+on_hopper = pytest.mark.skipif(HERE is not None, reason=f"no Hopper prefill here: {HERE}")
+BACKEND = "fa3"
+# Empty requests, single queries, ends inside, at and past tiles of 64 and 128, kv_len < qo_len, no KV.
+LENGTHS = ((1, 77, 128, 300, 5, 0, 129, 3), (1, 200, 128, 300, 64, 40, 0, 1100))
+OPTIONS = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window_left": 70},
+    "window alone": {"window_left": 130},
+    "window 0": {"causal": True, "window_left": 0},
+    "cap": {"causal": True, "logits_soft_cap": 1.5},
+    "alibi": {"pos_encoding_mode": "ALIBI", "causal": True},
+    "capped alibi window": {
+        "pos_encoding_mode": "ALIBI", "causal": True, "logits_soft_cap": 3.0, "window_left": 150,
+    },
+    "mask": {"mask": "bool"},
+    "mask window": {"mask": "packed", "window_left": 90},
+    "negative sm_scale": {"sm_scale": -0.2, "causal": True},
+    "scales": {"k_scale": 0.7, "v_scale": 1.4, "causal": True},
+}  # fmt: skip
+
+
+@on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("entry", PREFILLS)
+def test_options(entry, option, head_dim, rng):
+    heads = rng.choice([(8, 2), (6, 2), (5, 5), (7, 1)])
+    case = Case(*LENGTHS, *heads, head_dim, dtype=rng.choice(HALVES), page_size=16, **OPTIONS[option])
+    problem = make(case)
+    check(problem, *PREFILLS[entry](problem, BACKEND, rng))
+
+
+@on_hopper
+@pytest.mark.parametrize("cache_form", ["tuple", "5d", "packed", "strided"])
+@pytest.mark.parametrize("kv_layout", ["NHD", "HND"])
+@pytest.mark.parametrize("page_size", [8, 24, 64, 128, 192])
+def test_pages(page_size, kv_layout, cache_form, rng):
+    case = Case(*LENGTHS, 4, 2, rng.choice((64, 128)), dtype=rng.choice(HALVES), page_size=page_size,
+                kv_layout=kv_layout, cache_form=cache_form, causal=rng.random() < 0.5)  # fmt: skip
+    problem = make(case)
+    check(problem, *run_paged(problem, BACKEND, rng))
+
+
+@on_hopper
+@pytest.mark.parametrize("lens", [(1024,) * 40, (3000, 1, 900, 2500), (130,) * 300], ids=["even", "skew", "many"])
+def test_many_items(lens, rng):
+    """More work items than programs: each program goes round its rings many times."""
+    problem = make(Case(lens, lens, 4, 2, 128, dtype=rng.choice(HALVES), page_size=64, causal=True))
+    check(problem, *run_ragged(problem, BACKEND, rng))
+    check(problem, *run_paged(problem, BACKEND, rng))
+
+
+@on_hopper
+def test_page_numbers_past_2_to_the_31_elements(rng):
+    """A cache of more than 2^31 elements: the last pages are used."""
+    pages, page_size, heads, dim = (1 << 31) // (64 * 2 * 128) + 40, 64, 2, 128
+    kv = [torch.empty(pages, page_size, heads, dim, dtype=torch.bfloat16, device=DEVICE) for _ in range(2)]
+    problem = make(Case((200, 300), (200, 500), 4, heads, dim, dtype=torch.bfloat16, page_size=page_size, causal=True))
+    counts, ids = (4, 8), torch.randperm(30)[:12] + pages - 30
+    first = 0
+    for i, (count, length) in enumerate(zip(counts, problem.case.kv_lens, strict=True)):
+        for cache, values in zip(kv, (problem.k[i], problem.v[i]), strict=True):
+            whole = torch.full((count * page_size, heads, dim), float("nan"), dtype=torch.bfloat16, device=DEVICE)
+            whole[:length] = values
+            cache[ids[first : first + count].to(DEVICE)] = whole.view(count, page_size, heads, dim)
+        first += count
+    wrapper = prefill_wrapper(problem.case, BACKEND)
+    last = torch.tensor([(n - 1) % page_size + 1 for n in problem.case.kv_lens], dtype=torch.int32)
+    plan_prefill(wrapper, problem, (torch.tensor([0, 4, 12], dtype=torch.int32), ids.int().to(DEVICE), last))
+    check(problem, *wrapper.run(problem.q, tuple(kv), return_lse=True))
+
+
+@on_hopper
+def test_runs_are_bitwise_equal(rng):
+    problem = make(Case((700, 900), (700, 1500), 8, 2, 128, dtype=torch.bfloat16, page_size=16, causal=True))
+    first = run_paged(problem, BACKEND, random.Random(1))
+    for _ in range(3):
+        assert all(torch.equal(a, b) for a, b in zip(first, run_paged(problem, BACKEND, random.Random(2)), strict=True))
+
+
+@on_hopper
+def test_graph_replays_another_plan(rng):
+    """A captured run follows a later plan of the same shape, without a sync while planning."""
+    case = Case((300, 200), (400, 200), 8, 2, 128, dtype=torch.bfloat16, page_size=16, causal=True)
+    other = Case((150, 350), (500, 352), 8, 2, 128, dtype=torch.bfloat16, page_size=16, causal=True)
+    buffers = [torch.zeros(n, dtype=torch.int32, device=DEVICE) for n in (3, 3, 64, 2)]
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
+        torch.empty(1 << 20, dtype=torch.uint8, device=DEVICE), "NHD", True, *buffers, backend=BACKEND
+    )
+    problems = [make(c) for c in (case, other)]
+    caches = [paged_cache(p, rng) for p in problems]
+    assert caches[0].kv[0].shape[0] <= caches[1].kv[0].shape[0]
+    kv = tuple(torch.zeros_like(x) for x in caches[1].kv)
+    q = problems[0].q.clone()
+
+    def load(i: int) -> None:
+        for held, given in zip(kv, caches[i].kv, strict=True):
+            held[: given.shape[0]] = given
+        q.copy_(problems[i].q)
+        plan_prefill(wrapper, problems[i], caches[i].plan_arguments())
+
+    load(0)
+    wrapper.run(q, kv)
+    out, lse = poisoned(q.shape, q.dtype, DEVICE), poisoned(q.shape[:2], torch.float32, DEVICE)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        wrapper.run(q, kv, out=out, lse=lse, return_lse=True)
+    for i in (1, 0, 1):
+        load(i)
+        out.fill_(float("nan"))
+        graph.replay()
+        check(problems[i], out, lse)
+
+
+@on_hopper
+def test_auto_takes_it_for_long_prompts_only(rng):
+    for lens, expected in (((4096,) * 2, "gluon_sm90"), ((16,) * 8, "triton"), ((128,), "triton")):
+        problem = make(Case(lens, lens, 8, 2, 128, dtype=torch.bfloat16, causal=True))
+        wrapper = ragged_wrapper("auto")
+        plan_ragged(wrapper, problem)
+        wrapper.run(problem.q, torch.cat(problem.k), torch.cat(problem.v))
+        assert wrapper._backend == expected
+
+
+@on_hopper
+def test_strides_that_tma_cannot_take(rng):
+    """By name: an error that says why. By itself: Triton, the reason on record."""
+    problem = make(Case((512,) * 40, (512,) * 40, 8, 2, 128, dtype=torch.bfloat16, causal=True))
+    wide = torch.empty(sum(problem.case.kv_lens), 2, 129, dtype=torch.bfloat16, device=DEVICE)
+    k, v = wide[..., :128], torch.cat(problem.v)
+    k.copy_(torch.cat(problem.k))
+    wrapper = ragged_wrapper("auto")
+    plan_ragged(wrapper, problem)
+    check(problem, *wrapper.run(problem.q, k, v, return_lse=True))
+    assert wrapper._backend == "triton" and "multiples of 16 bytes" in wrapper._session.layout_problem
+    named = ragged_wrapper(BACKEND)
+    plan_ragged(named, problem)
+    with pytest.raises(BackendSupportedError, match=r"k: strides .* multiples of 16 bytes"):
+        named.run(problem.q, k, v)
+
+
+@on_hopper
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"head_dim": 80}, "head_dim must be one of"),
+        ({"dtype": torch.float32}, "16-bit"),
+        ({"page_size": 5}, "multiple of 8"),
+        ({"pos_encoding_mode": "ROPE_LLAMA"}, "rotated"),
+    ],
+    ids=["head_dim", "dtype", "page_size", "rope"],
+)
+def test_refusals_by_name_say_why(change, reason, rng):
+    given = {"head_dim": 128, "dtype": torch.bfloat16, "page_size": 16, **change}
+    problem = make(Case((40,), (40,), 4, 2, **given))
+    with pytest.raises(BackendSupportedError, match=reason):
+        run_paged(problem, BACKEND, rng)
+
+
+# 40 kernels, 50 random batches each.
+KERNELS = [(head_dim, option, page) for head_dim in (64, 128) for option in list(OPTIONS)[:10] for page in (0, 16)]
+
+
+@on_hopper
+@pytest.mark.parametrize(("head_dim", "option", "page"), KERNELS)
+def test_random_batches(head_dim, option, page, rng):
+    for _ in range(50):
+        lens: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
+        while not sum(lens[0]):
+            lens = random_lengths(rng, rng.randint(1, 6), rng.choice((40, 200, 600)))
+        group, kv_heads = rng.choice((1, 2, 3, 8)), rng.randint(1, 3)
+        case = Case(*lens, group * kv_heads, kv_heads, head_dim, dtype=torch.bfloat16, page_size=page or 16,
+                    kv_layout=rng.choice(("NHD", "HND")) if page else "NHD", **OPTIONS[option])  # fmt: skip
+        problem = make(case)
+        check(problem, *(run_paged if page else run_ragged)(problem, BACKEND, rng))

@@ -1,0 +1,231 @@
+"""Shared memory, barriers and asynchronous copies and products of one Hopper SM, in plain Python.
+
+A role (a warp or a warpgroup) is a generator that yields one operation at a time. TMA loads and stores and products
+finish at a random later time; a random scheduler decides who goes on. What real hardware would answer with a hang or
+with garbage is a `ProtocolError`. A warpgroup is one thread here: what its threads owe each other is left to the
+compiler, and so are the fences between generic and asynchronous accesses.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+HARDWARE_BARRIERS, BOX_BYTES = 16, 2048
+Tile = tuple[str, int, int]  # tensor, work item, first token (Q and O: warpgroup)
+Condition = Callable[[], bool]
+Operation = Callable[["Gpu", "Role"], "Condition | None"]  # what it returns must hold before the role goes on
+Steps = Iterator[Operation]
+
+
+class ProtocolError(Exception):
+    """The hardware would hang or the kernel read garbage."""
+
+
+def check(condition: object, message: str) -> None:
+    if not condition:
+        raise ProtocolError(message)
+
+
+class Role:
+    """A warp or a warpgroup; `ready`: whether what it waits for has come."""
+
+    def __init__(self, name: str, warps: int, steps: Steps) -> None:
+        self.name, self.threads, self.steps = name, 32 * warps, steps
+        self.ready: Condition = lambda: True
+
+
+class HardwareBarrier:
+    """A named barrier; strict: a generation counts every partner once, and all of them name one number of threads."""
+
+    def __init__(self) -> None:
+        self.came: dict[str, int] = {}
+        self.threads = self.generation = 0
+
+    def arrive(self, role: Role, threads: int) -> None:
+        check(not self.came or threads == self.threads, "barrier with two thread counts")
+        check(role.name not in self.came, f"{role.name} came twice to a barrier")
+        self.threads = threads
+        self.came[role.name] = role.threads
+        check(sum(self.came.values()) <= threads, "more threads at a barrier than it counts")
+        if sum(self.came.values()) == threads:
+            self.came.clear()
+            self.generation += 1
+
+
+class Gpu:
+    """The scheduler and everything that is in flight. flights: of each queue, what to do as they land."""
+
+    def __init__(self, rng: random.Random) -> None:
+        self.rng = rng
+        self.roles: dict[str, Role] = {}
+        self.barriers = [HardwareBarrier() for _ in range(HARDWARE_BARRIERS)]
+        self.flights: dict[tuple[str, str], list[Callable[[], None]]] = {}
+        self.written: Counter[Tile] = Counter()
+        self.turn: str | None = None
+
+    def start(self, name: str, warps: int, steps: Steps) -> None:
+        self.roles[name] = Role(name, warps, steps)
+
+    def fly(self, role: Role, kind: str, land: Callable[[], None]) -> None:
+        self.flights.setdefault((role.name, kind), []).append(land)
+
+    def in_flight(self, role: Role, kind: str) -> int:
+        return len(self.flights.get((role.name, kind), ()))
+
+    def run(self) -> None:
+        """Until nobody has anything left to do. Each actor has a pace of its own, up to 10,000 times another's."""
+        pace: dict[Any, float] = {}
+        while self.roles or any(self.flights.values()):
+            actors: list[Any] = [name for name, role in self.roles.items() if role.ready()]
+            actors += [queue for queue, flights in self.flights.items() if flights]
+            check(actors, f"deadlock of {', '.join(self.roles)}")
+            for actor in actors:
+                pace.setdefault(actor, 10 ** self.rng.uniform(-4, 0))
+            actor = self.rng.choices(actors, [pace[a] for a in actors])[0]
+            if isinstance(actor, str):
+                self.step(self.roles[actor])
+            else:  # products end in order, TMA boxes in any
+                flights = self.flights[actor]
+                flights.pop(0 if actor[1] == "product" else self.rng.randrange(len(flights)))()
+
+    def step(self, role: Role) -> None:
+        operation = next(role.steps, None)
+        if operation is None:
+            left = [kind for kind in ("load", "store", "product") if self.in_flight(role, kind)]
+            check(not left, f"{role.name} left with a {left} in flight")
+            del self.roles[role.name]
+        else:
+            role.ready = operation(self, role) or (lambda: True)
+
+
+def named_sync(barrier: int, threads: int) -> Operation:
+    def operation(gpu: Gpu, me: Role) -> Condition:
+        at = gpu.barriers[barrier]
+        generation = at.generation
+        at.arrive(me, threads)
+        return lambda: at.generation != generation
+
+    return operation
+
+
+def named_arrive(barrier: int, threads: int) -> Operation:
+    return lambda gpu, me: gpu.barriers[barrier].arrive(me, threads)
+
+
+class mbarrier:
+    """Of count 1: a phase ends when the producer has arrived and all announced bytes have."""
+
+    def __init__(self) -> None:
+        self.arrivals = self.bytes = self.phase = 0
+
+    def update(self, arrivals: int, bytes: int) -> None:
+        self.arrivals += arrivals
+        self.bytes += bytes
+        check(self.arrivals <= 1 and self.bytes >= 0, "mbarrier arrived at twice in a phase")
+        if self.arrivals == 1 and self.bytes == 0:
+            self.arrivals = 0
+            self.phase += 1
+
+    def expect(self, bytes: int) -> Operation:
+        return lambda gpu, me: self.update(1, bytes)
+
+    def wait(self, parity: int, pred: bool = True) -> Operation:
+        return lambda gpu, me: lambda: not pred or self.phase % 2 != parity
+
+
+class Box:
+    """Shared memory of one TMA box. owners: consumers that have yet to release it; readers: reads in flight."""
+
+    def __init__(self) -> None:
+        self.holds: Tile | None = None
+        self.loading = False
+        self.owners: set[str] = set()
+        self.readers = 0
+
+    def begin_read(self, role: Role, tile: Tile) -> None:
+        check(self.holds == tile, f"{role.name} reads {self.holds} and means {tile}")
+        self.readers += 1
+
+    def load(self, tile: Tile) -> Operation:
+        return lambda gpu, me: self.begin_read(me, tile)
+
+    def store(self, tile: Tile, reads: int = 0) -> Operation:
+        """Ends `reads` reads of this role; others may read on while what the box holds stays the same."""
+
+        def operation(gpu: Gpu, me: Role) -> None:
+            self.readers -= reads
+            check(not self.loading and (self.holds == tile or not self.readers), f"{tile} stored into a box in use")
+            self.holds = tile
+
+        return operation
+
+
+class Part(list[Box]):
+    def store(self, tile: Tile) -> Operation:
+        def operation(gpu: Gpu, me: Role) -> None:
+            for box in self:
+                box.store(tile)(gpu, me)
+
+        return operation
+
+
+def tma_load(tile: Tile, landing: mbarrier, box: Box) -> Operation:
+    def operation(gpu: Gpu, me: Role) -> None:
+        check(not box.readers, f"{tile} overwrites {box.holds} while it is read")
+        check(not box.owners and not box.loading, f"{tile} overwrites {box.holds} before its release")
+        box.holds, box.loading = None, True
+        box.owners = set(gpu.roles) - {me.name}
+
+        def land() -> None:
+            box.holds, box.loading = tile, False
+            landing.update(0, -BOX_BYTES)
+
+        gpu.fly(me, "load", land)
+
+    return operation
+
+
+def tma_store(tile: Tile, box: Box) -> Operation:
+    def operation(gpu: Gpu, me: Role) -> None:
+        box.begin_read(me, tile)
+
+        def land() -> None:
+            box.readers -= 1
+            gpu.written[tile] += 1
+
+        gpu.fly(me, "store", land)
+
+    return operation
+
+
+def tma_store_wait(pending: int) -> Operation:
+    return lambda gpu, me: lambda: gpu.in_flight(me, "store") <= pending
+
+
+def plain_store(tile: Tile, boxes: int) -> Operation:
+    return lambda gpu, me: gpu.written.update({tile: boxes})
+
+
+def warpgroup_mma(*operands: tuple[Part, Tile]) -> Operation:
+    """A product that reads these parts of shared memory, from now until some time later."""
+
+    def operation(gpu: Gpu, me: Role) -> None:
+        for part, tile in operands:
+            for box in part:
+                box.begin_read(me, tile)
+
+        def land() -> None:
+            for part, _ in operands:
+                for box in part:
+                    box.readers -= 1
+
+        gpu.fly(me, "product", land)
+
+    return operation
+
+
+def warpgroup_mma_wait(pending: int) -> Operation:
+    return lambda gpu, me: lambda: gpu.in_flight(me, "product") <= pending

@@ -1,0 +1,49 @@
+"""The protocol operations of a function, read from its source: what a kernel and its model must have in common."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+# The operations that count: how many leading arguments both sides spell alike.
+OPERATIONS = {
+    **dict.fromkeys(("acquire", "release", "drain", "take", "give", "begin", "end"), 9),
+    **dict.fromkeys(("named_sync", "named_arrive", "expect", "wait"), 9),
+    **{"Turns": 3, "tma_load": 0, "tma_store": 0, "tma_store_wait": 1, "warpgroup_mma": 0, "warpgroup_mma_wait": 1},
+    **{"landing": 9, "box": 9, "part": 9, "load": 0, "store": 0, "_step": 0, "_write": 0, "_zero_tail": 3},
+}
+
+
+def operations(node: ast.AST, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """(loop or condition, ..., operation) in the order in which they run."""
+    if isinstance(node, (ast.If, ast.For)):
+        inner = f"if {ast.unparse(node.test)}" if isinstance(node, ast.If) else f"for {ast.unparse(node.target)}"
+        for statement in node.body:
+            yield from operations(statement, (*where, inner))
+        for statement in node.orelse:
+            yield from operations(statement, (*where, "else"))
+        return
+    for child in ast.iter_child_nodes(node):
+        yield from operations(child, where)
+    if isinstance(node, ast.Call):
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        callee = ast.unparse(node.func)
+        if name in OPERATIONS and not callee.startswith("gl."):
+            yield (*where, f"{callee}({', '.join(map(ast.unparse, node.args[: OPERATIONS[name]]))})")
+
+
+def outline(path: Path, function: str, spelling: Mapping[str, str] | None = None) -> list[tuple[str, ...]]:
+    """Operations of `function` ("Class.method" or "name"); those repeated at once, as by the three loops, count once.
+
+    spelling: what to replace in the source.
+    """
+    source = path.read_text()
+    for kernel, model in (spelling or {}).items():
+        source = source.replace(kernel, model)
+    node: ast.AST = ast.parse(source)
+    for name in function.split("."):
+        children = ast.iter_child_nodes(node)
+        node = next(x for x in children if isinstance(x, (ast.ClassDef, ast.FunctionDef)) and x.name == name)
+    found = [x for statement in getattr(node, "body", ()) for x in operations(statement)]
+    return [x for i, x in enumerate(found) if i == 0 or x != found[i - 1]]

@@ -1,0 +1,386 @@
+"""The barriers of the Hopper prefill under random schedules: who may touch which shared memory, and when.
+
+`Ring`, `Turns` and the functions below mirror `device/channels.py` and `ops/attention/gluon_sm90/kernel.py`, name by
+name, less the arithmetic. `test_model_mirrors_the_kernel` compares the operations, their order, and the loops and
+conditions around them; the numbers of barriers and threads that `Ring` and `prefill_kernel` set are the reader's to
+compare.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.unit.hopper_model import (
+    BOX_BYTES,
+    Box,
+    Gpu,
+    Operation,
+    Part,
+    ProtocolError,
+    Role,
+    Steps,
+    Tile,
+    check,
+    mbarrier,
+    named_arrive,
+    named_sync,
+    plain_store,
+    tma_load,
+    tma_store,
+    tma_store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from tests.unit.outline import outline
+
+PRODUCER_THREADS, CONSUMER_THREADS, FIRST_BARRIER = 32, 128, 6
+HALVES, AHEAD = 2, 2
+
+
+class Config(NamedTuple):
+    """As `GluonConfig`, of small tiles."""
+
+    groups: int = 2
+    stages: int = 2
+    q_stages: int = 2
+    share_out: bool = False
+    turns: bool = True
+    rows: int = 64
+    block_n: int = 8
+    box: int = 2
+
+
+class Item(NamedTuple):
+    """A work item: what the kernel needs of a record. q_lo: first query of the tile."""
+
+    q_lo: int
+    kv_tile: int
+    kv_tiles: int
+    kv_len: int
+    qo_len: int
+
+
+class Barriers(list[mbarrier]):
+    def index(self, i: int) -> mbarrier:  # type: ignore[override]
+        return self[i]
+
+
+class Ring:
+    def __init__(self, STAGES: int, PARTS: int, BOXES: int, EMPTY: int, CONSUMERS: int) -> None:
+        self.boxes = [Box() for _ in range(STAGES * BOXES)]
+        self.full = Barriers(mbarrier() for _ in range(STAGES))
+        self.STAGES, self.PARTS, self.BOXES, self.EMPTY = STAGES, PARTS, BOXES, EMPTY
+        self.SHIFT = STAGES.bit_length() - 1
+        self.BYTES = BOXES * BOX_BYTES
+        self.THREADS = CONSUMERS * CONSUMER_THREADS + PRODUCER_THREADS
+
+    def stage(self, n: int) -> int:
+        return n & (self.STAGES - 1)
+
+    def acquire(self, n: int) -> Steps:
+        if n >= self.STAGES:
+            yield named_sync(self.EMPTY + self.stage(n), self.THREADS)
+        yield mbarrier.expect(self.full.index(self.stage(n)), self.BYTES)
+
+    def box(self, n: int, i: int) -> Box:
+        return self.boxes[self.stage(n) * self.BOXES + i]
+
+    def landing(self, n: int) -> mbarrier:
+        return self.full.index(self.stage(n))
+
+    def drain(self, n: int) -> Steps:
+        for i in range(max(n - self.STAGES, 0), n):
+            yield named_sync(self.EMPTY + self.stage(i), self.THREADS)
+
+    def wait(self, n: int, pred: bool = True) -> Steps:
+        yield mbarrier.wait(self.full.index(self.stage(n)), (n >> self.SHIFT) & 1, pred=pred)
+
+    def part(self, n: int, i: int) -> Part:
+        boxes = self.BOXES // self.PARTS
+        return Part(self.box(n, i * boxes + x) for x in range(boxes))
+
+    def release(self, n: int) -> Steps:
+        yield self._disown(n)
+        yield named_arrive(self.EMPTY + self.stage(n), self.THREADS)
+
+    def _disown(self, n: int) -> Operation:
+        def operation(gpu: Gpu, me: Role) -> None:
+            for i in range(self.BOXES):
+                self.box(n, i).owners.discard(me.name)
+
+        return operation
+
+
+class Turns:
+    def __init__(self, FIRST: int, ME: int, COUNT: int) -> None:
+        self.FIRST, self.ME, self.COUNT = FIRST, ME, COUNT
+
+    def begin(self) -> Steps:
+        if self.ME == self.COUNT - 1:
+            yield named_arrive(self.FIRST, 2 * CONSUMER_THREADS)
+
+    def take(self) -> Steps:
+        yield named_sync(self.FIRST + self.ME, 2 * CONSUMER_THREADS)
+        yield partial(self._pass_turn, None, self.ME)
+
+    def give(self) -> Steps:
+        yield partial(self._pass_turn, self.ME, None)
+        yield named_arrive(self.FIRST + (self.ME + 1) % self.COUNT, 2 * CONSUMER_THREADS)
+
+    def end(self) -> Steps:
+        if self.ME == 0:
+            yield named_sync(self.FIRST, 2 * CONSUMER_THREADS)
+
+    @staticmethod
+    def _pass_turn(before: Any, after: Any, gpu: Gpu, me: Role) -> None:
+        check(gpu.turn == before, f"{me.name} and warpgroup {gpu.turn} have the turn at once")
+        gpu.turn = after
+
+
+Channels = tuple[Ring, Ring, Ring]
+Operand = tuple[Part, Tile]
+
+
+def _fill(desc: str, ring: Ring, n: int, place: tuple[int, int], cfg: Config) -> Steps:
+    """place: work item, first token."""
+    BOXES = cfg.block_n // cfg.box
+    for b in range(BOXES // AHEAD):
+        if b == 0:
+            yield from ring.acquire(n)
+        for x in range(AHEAD):
+            for h in range(HALVES):
+                yield tma_load((desc, *place), ring.landing(n), ring.box(n, h * BOXES + b * AHEAD + x))
+
+
+def _producer(channels: Channels, items: list[Item], cfg: Config) -> Steps:
+    queries, keys, values = channels
+    done = 0
+    for n in range(0, len(items)):
+        kv_tiles = items[n].kv_tiles
+        last = items[n].kv_tile + kv_tiles - 1
+        yield from queries.acquire(n)
+        for i in range(cfg.groups * HALVES):
+            yield tma_load(("Q", n, i // HALVES), queries.landing(n), queries.box(n, i))
+        for j in range(0, kv_tiles + 1):
+            if j < kv_tiles:
+                yield from _fill("K", keys, done + j, (n, (last - j) * cfg.block_n), cfg)
+            if j > 0:
+                yield from _fill("V", values, done + j - 1, (n, (last - j + 1) * cfg.block_n), cfg)
+        done += kv_tiles
+    yield from queries.drain(len(items))
+    yield from keys.drain(done)
+    yield from values.drain(done)
+
+
+def _zero_tail(values: Ring, n: int, rest: int, tile: Tile, cfg: Config) -> Steps:
+    BOXES = cfg.block_n // cfg.box
+    for h in range(HALVES):
+        box = values.box(n, h * BOXES + rest // cfg.box)
+        yield box.load(tile)
+        yield box.store(tile, reads=1)
+
+
+def _step(q: Operand, channels: Channels, n: int, end: int, k: Tile, turns: Turns, cfg: Config) -> Steps:
+    """k: the K tile that is meant; its products run beside those of the V tile before."""
+    _, keys, values = channels
+    v = ("V", k[1], k[2] + cfg.block_n)
+    if cfg.turns:
+        yield from turns.take()
+    yield warpgroup_mma(q, (keys.part(n, 0), k))
+    yield from values.wait(n - 1)
+    yield warpgroup_mma((values.part(n - 1, 0), v))
+    if cfg.turns:
+        yield from turns.give()
+    yield warpgroup_mma_wait(1)
+    yield from keys.release(n)
+    yield from keys.wait(n + 1, n + 1 < end)
+    yield warpgroup_mma_wait(0)
+    yield from values.release(n - 1)
+
+
+def _write(o: Tile, item: Item, outputs: Ring, outlet: int, CID: int, cfg: Config) -> Steps:
+    q_lo, qo_len = item.q_lo + CID * cfg.rows, item.qo_len
+    if q_lo + cfg.rows <= qo_len:
+        yield outputs.part(outlet, CID).store(o)
+        for h in range(HALVES):
+            yield tma_store(o, outputs.box(outlet, CID * HALVES + h))
+    else:
+        yield plain_store(o, HALVES)
+
+
+def _consumer(channels: Channels, outputs: Ring, items: list[Item], CID: int, cfg: Config) -> Steps:
+    queries, keys, values = channels
+    turns = Turns(FIRST_BARRIER, CID, cfg.groups)
+    if cfg.turns:
+        yield from turns.begin()
+    done = 0
+    for n in range(0, len(items)):
+        _, kv_tile, kv_tiles, kv_len, _ = items[n]
+        last = kv_tile + kv_tiles - 1
+        end = done + kv_tiles
+        yield from queries.wait(n)
+        q = (queries.part(n, CID), ("Q", n, CID))
+        yield from keys.wait(done)
+        if cfg.turns:
+            yield from turns.take()
+        yield warpgroup_mma(q, (keys.part(done, 0), ("K", n, last * cfg.block_n)))
+        if cfg.turns:
+            yield from turns.give()
+        yield warpgroup_mma_wait(0)
+        yield from keys.release(done)
+        rest = kv_len - last * cfg.block_n
+        if (rest < cfg.block_n) & (rest % cfg.box != 0):
+            yield from values.wait(done)
+            yield from _zero_tail(values, done, rest, ("V", n, last * cfg.block_n), cfg)
+        yield from keys.wait(done + 1, kv_tiles > 1)
+        for j in range(1, kv_tiles):  # the kernel has three such loops, which differ in their masks
+            yield from _step(q, channels, done + j, end, ("K", n, (last - j) * cfg.block_n), turns, cfg)
+        if not cfg.share_out:
+            yield from queries.release(n)
+        done = end
+        yield from values.wait(done - 1)
+        yield warpgroup_mma((values.part(done - 1, 0), ("V", n, kv_tile * cfg.block_n)))
+        yield warpgroup_mma_wait(0)
+        yield from values.release(done - 1)
+        yield tma_store_wait(0)
+        outlet = n if cfg.share_out else 0
+        yield from _write(("O", n, CID), items[n], outputs, outlet, CID, cfg)
+        if cfg.share_out:
+            yield tma_store_wait(0)
+            yield from queries.release(n)
+    if cfg.turns:
+        yield from turns.end()
+    yield tma_store_wait(0)
+
+
+def _ring(STAGES: int, PARTS: int, boxes: int, FIRST: int, cfg: Config) -> Ring:
+    return Ring(STAGES, PARTS, HALVES * PARTS * boxes, FIRST, cfg.groups)
+
+
+def prefill_kernel(gpu: Gpu, items: list[Item], cfg: Config) -> None:
+    """Run one program to its end and look at what it leaves."""
+    first_empty = FIRST_BARRIER + cfg.groups
+    queries = _ring(cfg.q_stages, cfg.groups, 1, first_empty, cfg)
+    keys = _ring(cfg.stages, 1, cfg.block_n // cfg.box, first_empty + cfg.q_stages, cfg)
+    values = _ring(cfg.stages, 1, cfg.block_n // cfg.box, first_empty + cfg.q_stages + cfg.stages, cfg)
+    outputs = queries if cfg.share_out else _ring(1, cfg.groups, 1, first_empty, cfg)
+    channels = (queries, keys, values)
+    gpu.start("producer", 1, _producer(channels, items, cfg))
+    for CID in range(cfg.groups):
+        gpu.start(f"consumer {CID}", 4, _consumer(channels, outputs, items, CID, cfg))
+    gpu.run()
+    check(not any(at.came for at in gpu.barriers), "a named barrier is left half counted")
+    for ring in channels:
+        check(not any(at.arrivals or at.bytes for at in ring.full), "an mbarrier is left in the middle of a phase")
+    written = {("O", n, CID): HALVES for n in range(len(items)) for CID in range(cfg.groups)}
+    check(gpu.written == written, "outputs are missing or written twice")
+
+
+# ---- The tests
+
+
+def draw_items(rng: random.Random, cfg: Config) -> list[Item]:
+    """0 to 5 items of 1 to 5 KV tiles, whole and ragged at either end."""
+    items = []
+    for _ in range(rng.randint(0, 5)):
+        kv_tile, kv_tiles = rng.randint(0, 3), rng.choice([1, 1, 2, 3, 5])
+        end = (kv_tile + kv_tiles) * cfg.block_n
+        kv_len = rng.choice([end, end - rng.randint(1, cfg.block_n - 1), end + 20])
+        items.append(Item(0, kv_tile, kv_tiles, kv_len, rng.randint(1, (cfg.groups + 1) * cfg.rows)))
+    return items
+
+
+CONFIGS = [
+    Config(groups, stages, q_stages, share_out, turns)
+    for groups in (2, 3)
+    for stages in (1, 2)
+    for q_stages in (1, 2)
+    for share_out in (False, True)
+    for turns in (False, True)
+]
+
+
+@pytest.mark.parametrize("cfg", CONFIGS, ids=str)
+def test_random_schedules(cfg: Config, rng: random.Random) -> None:
+    for _ in range(10):
+        prefill_kernel(Gpu(rng), draw_items(rng, cfg), cfg)
+
+
+def no_steps(*_: Any) -> Steps:
+    return iter(())
+
+
+def no_wait(_: int) -> Operation:
+    return lambda gpu, me: None
+
+
+def acquire_at_once(ring: Ring, n: int) -> Steps:
+    yield mbarrier.expect(ring.full.index(ring.stage(n)), ring.BYTES)
+
+
+def wait_for_the_other_phase(ring: Ring, n: int, pred: bool = True) -> Steps:
+    yield mbarrier.wait(ring.full.index(ring.stage(n)), (n >> ring.SHIFT) & 1 ^ 1, pred=pred)
+
+
+def give_twice(turns: Turns) -> Steps:
+    for _ in range(2):
+        yield named_arrive(turns.FIRST + (turns.ME + 1) % turns.COUNT, 2 * CONSUMER_THREADS)
+
+
+HERE = sys.modules[__name__]
+SHARED = Config(share_out=True, q_stages=1)
+MUTANTS = {
+    "released before the read completed": (HERE, "warpgroup_mma_wait", no_wait, Config(), "while it is read"),
+    "released before the output left": (HERE, "tma_store_wait", no_wait, SHARED, r"'Q'.*overwrites.*'O'.*while"),
+    "output buffer in use": (HERE, "tma_store_wait", no_wait, Config(), "stored into a box in use"),
+    "no drain": (Ring, "drain", no_steps, Config(), "half counted"),
+    "acquires at once": (Ring, "acquire", acquire_at_once, Config(), "before its release|arrived at twice"),
+    "waits for the other phase": (Ring, "wait", wait_for_the_other_phase, Config(), "reads None and means"),
+    "does not wait for tiles": (Ring, "wait", no_steps, Config(), "reads None and means"),
+    "never releases": (Ring, "release", no_steps, Config(), "deadlock"),
+    "gives the turn twice": (Turns, "give", give_twice, Config(), "have the turn at once"),
+    "keeps the turn": (Turns, "give", no_steps, Config(), "deadlock"),
+    "nobody begins": (Turns, "begin", no_steps, Config(), "deadlock"),
+    "nobody takes the last turn": (Turns, "end", no_steps, Config(), "half counted"),
+    "producer not counted": (HERE, "PRODUCER_THREADS", 0, Config(), "more threads at a barrier than it counts"),
+    "too many counted": (HERE, "PRODUCER_THREADS", 64, Config(), "deadlock"),
+    "turns count one warp": (HERE, "CONSUMER_THREADS", 32, Config(), "more threads at a barrier than it counts"),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_mutants_fail(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model finds each fault, and by what the fault does; the seed is fixed, so no luck is needed."""
+    target, name, faulty, cfg, message = MUTANTS[mutant]
+    monkeypatch.setattr(target, name, faulty)
+    rng = random.Random(0)
+    found = []
+    for _ in range(200):
+        try:
+            prefill_kernel(Gpu(rng), draw_items(rng, cfg), cfg)
+        except ProtocolError as error:
+            found.append(str(error))
+            if re.search(message, found[-1]):
+                return
+    pytest.fail(f"found only {set(found)}")
+
+
+PACKAGE = Path(__file__).parents[2] / "flashinfer"
+KERNEL = ("_fill", "_producer", "_zero_tail", "_step", "_write", "_consumer")
+CHANNELS = [f"Ring.{x}" for x in ("acquire", "drain", "wait", "release")]
+CHANNELS += [f"Turns.{x}" for x in ("begin", "take", "give", "end")]
+
+
+@pytest.mark.parametrize("function", [*CHANNELS, *KERNEL])
+def test_model_mirrors_the_kernel(function: str) -> None:
+    file = "ops/attention/gluon_sm90/kernel.py" if function in KERNEL else "device/channels.py"
+    expected = outline(PACKAGE / file, function, {"_rounds(num_tiles, heads, cfg)": "len(items)"})
+    assert expected
+    assert outline(Path(__file__), function) == expected
