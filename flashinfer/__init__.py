@@ -60,7 +60,7 @@ from flashinfer.sampling import (
     top_p_renorm_probs,
     top_p_sampling_from_probs,
 )
-from flashinfer.topk import top_k, top_k_page_table_transform, top_k_ragged_transform
+from flashinfer.topk import TopKTieBreak, top_k, top_k_page_table_transform, top_k_ragged_transform, top_k_varlen
 
 __version__ = "0.1.0"
 
@@ -69,6 +69,7 @@ __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "TopKTieBreak",
     "append_paged_kv_cache",
     "append_paged_mla_kv_cache",
     "apply_llama31_rope",
@@ -121,6 +122,7 @@ __all__ = [
     "top_k_sampling_from_probs",
     "top_k_top_p_sampling_from_logits",
     "top_k_top_p_sampling_from_probs",
+    "top_k_varlen",
     "top_p_renorm_probs",
     "top_p_sampling_from_probs",
 ]

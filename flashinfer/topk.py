@@ -20,6 +20,9 @@ import torch
 from flashinfer.core import check
 from flashinfer.ops import sampling as ops
 
+# FlashInfer's names for implementations of `top_k_varlen` that run on every GPU; "fa2" is such a name everywhere.
+VARLEN_BACKENDS = {"radix_cutlass": "fa2", "radix_filter": "fa2"}
+
 
 class TopKTieBreak(IntEnum):
     """Which of equal numbers are taken."""
@@ -40,14 +43,16 @@ def _selected(
     tie_break: TopKTieBreak | int,
     windows: tuple[torch.Tensor | None, torch.Tensor] | None = None,
     in_order: bool = False,
+    index_dtype: torch.dtype = torch.int32,
+    backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """windows: (starts or None, lengths)."""
     check.tensor("input", x, dtypes=check.FLOAT_DTYPES, shape=(None, None))
     check.positive("k", k)
     check.choice("tie_break", int(tie_break), [int(t) for t in TopKTieBreak])
     starts, lengths = windows or (None, None)
-    selection = ops.Selection(k, int(tie_break), in_order, _rows("row_starts", starts, x), _rows("lengths", lengths, x))
-    return ops.select(x, selection)
+    checked = (_rows("row_starts", starts, x), _rows("lengths", lengths, x))
+    return ops.select(x, ops.Selection(k, int(tie_break), in_order, *checked, index_dtype), backend)
 
 
 def _rows(name: str, values: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:
@@ -74,8 +79,7 @@ def top_k(
     check.tensor("input", input, dtypes=check.FLOAT_DTYPES, shape=(None, None))
     if isinstance(k, int) and k > input.shape[1]:
         raise ValueError(check.problem("k", k, f"at most the {input.shape[1]} columns of input", "Pass a smaller k."))
-    values, indices = _selected(input, k, tie_break, in_order=sorted)
-    return values, indices.long()
+    return _selected(input, k, tie_break, in_order=sorted, index_dtype=torch.int64)
 
 
 def top_k_page_table_transform(
@@ -138,6 +142,54 @@ def top_k_ragged_transform(
     _, raw = _selected(input, k, tie_break, (row_starts, lengths))
     check.tensor("offsets", offsets, dtypes=(torch.int32,), shape=(input.shape[0],), like=("input", input))
     return ops.plus_offsets(raw, offsets)
+
+
+def top_k_varlen(
+    logits: torch.Tensor,
+    seq_lens: torch.Tensor,
+    top_k: int,
+    pre_idx: torch.Tensor | None = None,
+    compress_ratio: int = 1,
+    next_n: int = 1,
+    return_values: bool = False,
+    out_indices: torch.Tensor | None = None,
+    out_values: torch.Tensor | None = None,
+    backend: str = "auto",
+    load_balance: bool = True,
+    workspace: dict[str, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(int32 indices, values or None) `[num_rows, top_k]` of the largest logits of each row's part of a sequence.
+
+    logits `[num_rows, max_seq_len]`; seq_lens int32 `[num_rows // next_n]`. Row r is position `r % next_n` of the last
+    next_n of sequence `r // next_n`: it sees `(seq_len - next_n + 1 + r % next_n) // compress_ratio` logits. One with
+    at most top_k gives all of them in order, -1 (and values 0) after them. out_indices int32, out_values of logits'
+    dtype: get the results. pre_idx, load_balance and workspace are accepted and ignored: they change no result.
+    backend: "auto", "torch", "triton", or FlashInfer's "radix_cutlass" and "radix_filter": Triton on a GPU, else torch.
+    """
+    check.tensor("logits", logits, dtypes=check.FLOAT_DTYPES, shape=(None, None))
+    for name, number in (("next_n", next_n), ("compress_ratio", compress_ratio)):
+        check.positive(name, number)
+    num_rows, columns = logits.shape
+    if num_rows % next_n:
+        raise ValueError(
+            check.problem("logits", f"{num_rows} rows", f"next_n ({next_n}) times as many", "Correct next_n.")
+        )
+    like = ("logits", logits)
+    check.tensor("seq_lens", seq_lens, dtypes=(torch.int32,), shape=(num_rows // next_n,), like=like)
+    shape = (num_rows, top_k)
+    for name, out, dtype in (("out_indices", out_indices, torch.int32), ("out_values", out_values, logits.dtype)):
+        if out is not None:
+            check.tensor(name, out, dtypes=(dtype,), shape=shape, like=like)
+    position = torch.arange(1 - next_n, 1, dtype=torch.int32, device=logits.device)
+    seen = (seq_lens[:, None] + position).div(compress_ratio, rounding_mode="floor").clamp(0, columns).flatten()
+    windows = (None, seen.int())
+    values, indices = _selected(
+        logits, top_k, TopKTieBreak.NONE, windows, backend=VARLEN_BACKENDS.get(backend, backend)
+    )
+    indices = indices if out_indices is None else out_indices.copy_(indices)
+    if not return_values:
+        return indices, None
+    return indices, values if out_values is None else out_values.copy_(values)
 
 
 topk = top_k

@@ -2,44 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-
 import pytest
 import torch
 
 from flashinfer import sampling
-from flashinfer.logits_processor import LogitsPipe, Sample, Softmax, TopK, TopP
-from flashinfer.topk import top_k, top_k_page_table_transform
+from flashinfer.logits_processor import LogitsPipe, Sample, Softmax, TensorType, TopK, TopP
+from flashinfer.topk import top_k, top_k_page_table_transform, top_k_varlen
+from tests.ops.common import captured
+from tests.ops.sampling_checks import assert_counts
 
 pytestmark = pytest.mark.gpu
-
-
-def capture(call: Callable[[], object], *generators: torch.Generator) -> torch.cuda.CUDAGraph:
-    """A graph of `call`, warmed up outside of it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        call()
-        call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        call()
-    return graph
-
-
-def assert_distributed(counts: torch.Tensor, probs: torch.Tensor) -> None:
-    """Pearson's chi-square; false alarm once in a million (quantile of Wilson and Hilferty, 4.75 deviations)."""
-    counts, expected = counts.double().cpu(), probs.double().cpu() * counts.sum().cpu()
-    assert not counts[expected == 0].any()
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    assert expected.min() > 5
-    freedom = max(len(counts) - 1, 1)
-    limit = freedom * (1 - 2 / (9 * freedom) + 4.75 * math.sqrt(2 / (9 * freedom))) ** 3
-    assert float(((counts - expected) ** 2 / expected).sum()) < limit
 
 
 @pytest.mark.parametrize("own_generator", [False, True])
@@ -54,7 +26,7 @@ def test_the_call_of_the_vllm_sampler(own_generator: bool) -> None:
     def call() -> None:
         tokens.copy_(sampling.top_k_top_p_sampling_from_logits(logits, k, p, generator=generator, deterministic=True))
 
-    graph = capture(call, *filter(None, [generator]))
+    graph = captured(call, *filter(None, [generator]))
     counts, previous = torch.zeros(1000, dtype=torch.long, device="cuda"), None
     for _ in range(250):
         graph.replay()
@@ -63,7 +35,7 @@ def test_the_call_of_the_vllm_sampler(own_generator: bool) -> None:
         counts += torch.bincount(tokens.long(), minlength=1000)
     expected = torch.zeros(1000)
     expected[:3] = torch.tensor([0.3, 0.25, 0.2])  # of 0.9 that top_k keeps, 0.72 are needed: three tokens hold 0.75
-    assert_distributed(counts, expected / expected.sum())
+    assert_counts(counts, expected)
     logits.copy_(logits.flip(1).contiguous())
     k.fill_(1)
     graph.replay()
@@ -75,7 +47,7 @@ def test_offsets_in_tensors() -> None:
     probs = torch.rand(500, 3000, device="cuda").softmax(-1)
     seed, offset = torch.full((1,), 7, device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
     tokens = torch.empty(500, dtype=torch.int32, device="cuda")
-    graph = capture(lambda: tokens.copy_(sampling.sampling_from_probs(probs, seed=seed, offset=offset)))
+    graph = captured(lambda: tokens.copy_(sampling.sampling_from_probs(probs, seed=seed, offset=offset)))
     seen = []
     for value in (1, 2, 1):
         offset.fill_(value)
@@ -92,7 +64,7 @@ def test_everything_can_be_captured() -> None:
     drafts = torch.randint(1000, (4, 3), device="cuda")
     draft, goal = (torch.rand(4, n, 1000, device="cuda").softmax(-1) for n in (3, 4))
     links = torch.tensor([[1, -1, -1]], device="cuda").expand(4, 3).contiguous()
-    pipe = LogitsPipe([TopK(), Softmax(), TopP(), Sample()])
+    pipe = LogitsPipe([TopK(), Softmax(), TopP(), Sample()], input_type=TensorType.LOGITS)
     pages = torch.arange(20_000, device="cuda", dtype=torch.int32).expand(8, -1).contiguous()
     lengths = torch.full((8,), 15_000, dtype=torch.int32, device="cuda")
     results: list[torch.Tensor] = []
@@ -114,10 +86,11 @@ def test_everything_can_be_captured() -> None:
                 top_k(probs, 40)[1],
                 top_k_page_table_transform(probs, pages, lengths, 16),
                 pipe(probs.log(), top_k=k, top_p=p),
+                top_k_varlen(probs, lengths, 16)[0],
             ]
         )
 
-    graph = capture(call)
+    graph = captured(call)
     probs.copy_(torch.rand(8, 20_000, device="cuda").softmax(-1))
     graph.replay()
     kept = sampling.top_k_renorm_probs(probs, k)

@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
 from flashinfer.sampling import chain_speculative_sampling, tree_speculative_sampling
+from tests.ops.sampling_checks import assert_distributed
 
 DRAWS = 40_000
-
-
-def assert_distributed(samples: torch.Tensor, probs: torch.Tensor) -> None:
-    """Pearson's chi-square; false alarm once in a million (quantile of Wilson and Hilferty, 4.75 deviations)."""
-    counts = torch.bincount(samples.cpu().long(), minlength=probs.numel()).double()
-    expected = probs.cpu().double() / probs.cpu().double().sum() * len(samples)
-    assert not counts[expected == 0].any()
-    counts, expected = counts[expected > 0], expected[expected > 0]
-    assert expected.min() > 5, "the test itself: too few draws for a chi-square"
-    freedom = max(len(counts) - 1, 1)
-    limit = freedom * (1 - 2 / (9 * freedom) + 4.75 * math.sqrt(2 / (9 * freedom))) ** 3
-    assert float(((counts - expected) ** 2 / expected).sum()) < limit
 
 
 @pytest.mark.parametrize("length", [0, 1, 3])

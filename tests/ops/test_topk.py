@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import flashinfer
-from flashinfer.topk import TopKTieBreak, top_k, top_k_page_table_transform, top_k_ragged_transform, topk
+from flashinfer.topk import TopKTieBreak, top_k, top_k_page_table_transform, top_k_ragged_transform, top_k_varlen, topk
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -92,6 +92,27 @@ def test_page_table_transform(page_size: int, device: str) -> None:
     assert raw[1].tolist() == [0, 1, 2, -1, -1, -1, -1, -1]
 
 
+@pytest.mark.parametrize(("next_n", "compress_ratio"), [(1, 1), (3, 1), (2, 4)])
+def test_varlen(next_n: int, compress_ratio: int, device: str) -> None:
+    """Rows of one sequence see one position more each; positions that are compressed count together."""
+    seq_lens = torch.tensor([200, 40, 3, 1000], dtype=torch.int32, device=device)
+    x = torch.randn(4 * next_n, 256, device=device)
+    out = torch.empty(4 * next_n, 16, dtype=torch.int32, device=device)
+    indices, values = top_k_varlen(
+        x, seq_lens, 16, compress_ratio=compress_ratio, next_n=next_n, return_values=True, out_indices=out
+    )
+    assert indices is out and values is not None
+    for row in range(4 * next_n):
+        seen = (int(seq_lens[row // next_n]) - next_n + 1 + row % next_n) // compress_ratio
+        seen = min(max(seen, 0), 256)
+        expected = x[row, :seen].topk(min(16, seen))
+        count = len(expected.indices)
+        assert set(indices[row, :count].tolist()) == set(expected.indices.tolist())
+        assert torch.equal(values[row, :count].sort(descending=True).values, expected.values)
+        assert (indices[row, count:] == -1).all() and not values[row, count:].any()
+    assert top_k_varlen(x, seq_lens, 16, next_n=next_n, backend="radix_cutlass")[1] is None
+
+
 def test_aliases() -> None:
     assert topk is top_k is flashinfer.top_k
 
@@ -111,6 +132,12 @@ def test_errors(device: str) -> None:
         top_k_ragged_transform(x, lengths, lengths.long(), 2)
     with pytest.raises(ValueError, match=r"offsets: got shape \[1\]"):
         top_k_ragged_transform(x, lengths[:1], lengths, 2)
+    with pytest.raises(ValueError, match=r"logits: got 2 rows, expected next_n \(3\) times as many"):
+        top_k_varlen(x, lengths, 2, next_n=3)
+    with pytest.raises(ValueError, match=r"seq_lens: got shape \[2\]"):
+        top_k_varlen(x, lengths, 2, next_n=2)
+    with pytest.raises(ValueError, match=r"backend: got 'gvr'"):
+        top_k_varlen(x, lengths, 2, backend="gvr")
     with pytest.raises(ValueError, match=r"src_page_table: got 1 dimensions"):
         top_k_page_table_transform(x, lengths, lengths, 2)
     with pytest.raises(ValueError, match=r"out: got shape"):

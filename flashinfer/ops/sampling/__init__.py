@@ -66,7 +66,7 @@ def mask_logits(logits: torch.Tensor, top_k: Parameter, backend: str = "auto") -
 
 
 def select(x: torch.Tensor, selection: Selection, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
-    """(values of x' dtype, int32 indices from the window's start) `[rows, k]` of each window's largest numbers.
+    """(values of x' dtype, indices from the window's start) `[rows, k]` of each window's largest numbers.
 
     A window of at most k numbers gives all of them, -1 and 0 after them. NaN counts as -inf.
     """

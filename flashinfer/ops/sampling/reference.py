@@ -90,13 +90,23 @@ def kept_by(probs: torch.Tensor, filters: Filters) -> torch.Tensor | None:
     return keep
 
 
+def _cleaned(x: torch.Tensor, logits: bool) -> torch.Tensor:
+    """Rows without NaN: such a token counts as impossible."""
+    return x.masked_fill(x.isnan(), float("-inf") if logits else 0.0)
+
+
 def mask_logits(logits: torch.Tensor, top_k: Parameter) -> torch.Tensor:
-    """logits that are among the top_k largest, -inf elsewhere."""
+    """logits that are among the top_k largest, -inf elsewhere; NaN counts as -inf."""
+    logits = _cleaned(logits, True)
     return logits.masked_fill(~keep_top_k(logits, top_k), float("-inf"))
 
 
 def renormalise(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
-    """probs that pass the filters, 0 elsewhere, divided by their sum, in probs' dtype; a row of zeros stays one."""
+    """probs that pass the filters, 0 elsewhere, divided by their sum, in probs' dtype; a row of zeros stays one.
+
+    NaN counts as 0.
+    """
+    probs = _cleaned(probs, False)
     keep = kept_by(probs, filters)
     assert keep is not None
     kept = torch.where(keep, probs.float(), 0.0)
@@ -106,6 +116,7 @@ def renormalise(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
 
 def sample(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
     """One token for each sample among those that pass the filters; see `flashinfer.ops.sampling.sample`."""
+    x = _cleaned(x, logits)
     probs = softmax(x, 1.0) if logits else x
     keep = kept_by(probs, filters)
     if draws.indices is not None:
@@ -163,7 +174,7 @@ def uniform(
 
 
 def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, int32 indices) `[rows, k]` of the k largest numbers of each row's window; see `Selection`.
+    """(values, indices) `[rows, k]` of the k largest numbers of each row's window; see `Selection`.
 
     Indices count from the window's start. A window of at most k numbers gives them in its own order, -1 and 0 after
     them. NaN counts as -inf.
@@ -188,7 +199,7 @@ def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.T
         order = torch.where(few, torch.arange(k, device=x.device), order)
     beyond = outside.gather(1, order)
     values = numbers.gather(1, order).masked_fill(beyond, 0)
-    return values, column.gather(1, order).masked_fill(beyond, -1).int()
+    return values, column.gather(1, order).masked_fill(beyond, -1).to(selection.index_dtype)
 
 
 def verify_chain(

@@ -63,6 +63,7 @@ class Selection(NamedTuple):
 
     tie_break: which of equal numbers stay: 0 any, 1 those of low index, 2 those of high index.
     starts, lengths: int32 `[rows]` or None. sorted: largest first, equal ones by tie_break (low index for 0).
+    index_dtype: int32 or int64.
     """
 
     k: int
@@ -70,6 +71,7 @@ class Selection(NamedTuple):
     sorted: bool = False
     starts: torch.Tensor | None = None
     lengths: torch.Tensor | None = None
+    index_dtype: torch.dtype = torch.int32
 
 
 class PageTable(NamedTuple):

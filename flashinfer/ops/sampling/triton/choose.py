@@ -7,7 +7,7 @@ import triton
 
 from flashinfer.core.launch import Prebound, alignment
 from flashinfer.ops.sampling.spec import Draws, Selection, Tree
-from flashinfer.ops.sampling.triton.launch import SCAN, draw, random_of, tiles_of
+from flashinfer.ops.sampling.triton.launch import SCAN, Places, draw_into, random_of, tiles_of
 from flashinfer.ops.sampling.triton.rows import GROUP, STATS_WARPS, Residual, cut_of
 from flashinfer.ops.sampling.triton.select import select_kernel, window_max_kernel
 from flashinfer.ops.sampling.triton.verify import chain_kernel, tree_kernel
@@ -30,17 +30,18 @@ def group_for(k: int, vocab_size: int) -> int:
 
 
 def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, int32 indices) `[rows, k]`; see the torch implementation."""
+    """(values, indices) `[rows, k]`; see the torch implementation."""
     (num_rows, vocab_size), k = x.shape, selection.k
     candidates = max(MIN_CANDIDATES, triton.next_power_of_2(2 * k))
     cut = cut_of(vocab_size, x.element_size(), candidates, group_for(k, vocab_size))
     tiles = tiles_of(vocab_size, cut)
-    values, indices = x.new_zeros((num_rows, k)), x.new_full((num_rows, k), -1, dtype=torch.int32)
+    values, indices = x.new_empty((num_rows, k)), x.new_empty((num_rows, k), dtype=selection.index_dtype)
     if num_rows == 0:
         return values, indices
     group_max = x.new_empty((num_rows, cut.groups), dtype=torch.float32)
     starts, lengths = selection.starts, selection.lengths
     key = (x.dtype, x.stride(0), vocab_size, cut, starts is None, lengths is None, alignment(x, starts, lengths))
+    select_key = (key, selection.tie_break == 2, selection.index_dtype)
     sizes = (x.stride(0), vocab_size)
     _window_max(
         (num_rows * tiles, 1, 1),
@@ -56,7 +57,7 @@ def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.T
     )
     high = selection.tie_break == 2
     arguments = (x, group_max, starts, lengths, scratch, values, indices, k, *sizes, tiles * cut.tile_groups, high, cut)
-    _select((num_rows, 1, 1), (key, high), (*arguments, SCAN, 1024), x.device, num_warps=cut.num_warps)
+    _select((num_rows, 1, 1), select_key, (*arguments, SCAN, 1024), x.device, num_warps=cut.num_warps)
     if selection.sorted:
         indices, order = indices.sort(dim=1, descending=high)
         values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
@@ -82,8 +83,7 @@ def verify_chain(
         num_warps=1,
     )
     residual = Residual(draft_probs, minus_rows, vocab_size, None, None, 0)
-    last, _ = draw(target_probs.flatten(0, 1), False, draws, rows, residual)
-    tokens.scatter_(1, emitted.long()[:, None], last.to(tokens.dtype)[:, None])
+    draw_into(target_probs.flatten(0, 1), draws, Places(rows, residual, tokens, emitted))
     return tokens, accepted, emitted
 
 
@@ -107,6 +107,5 @@ def verify_tree(
         num_warps=1,
     )
     residual = Residual(None, None, 0, excluded, num_excluded, num_nodes)
-    last, _ = draw(target_probs.flatten(0, 1), False, draws, rows, residual)
-    tokens.scatter_(1, depth.long()[:, None], last.to(tokens.dtype)[:, None])
+    draw_into(target_probs.flatten(0, 1), draws, Places(rows, residual, tokens, depth))
     return tokens, nodes[:, : num_nodes - 1], depth

@@ -71,7 +71,7 @@ def group_stats_kernel(
                 tl.store(group_sum + target, total)
 
 
-@triton.jit(do_not_specialize=["seed_low", "seed_high", "offset_low", "offset_high", "num_groups"])
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "offset_low", "offset_high", "tokens_stride", "num_groups"])
 def draw_kernel(
     x,
     rows,
@@ -84,6 +84,8 @@ def draw_kernel(
     offset_low,
     offset_high,
     tokens,
+    place,
+    tokens_stride,
     valid,
     stride,
     vocab,
@@ -92,7 +94,10 @@ def draw_kernel(
     LOGITS: tl.constexpr,
     cut: tl.constexpr,
 ):
-    """Grid: samples. rows: the row of each sample, or None; PER_SAMPLE: statistics are of samples, else of rows."""
+    """Grid: samples. rows: the row of each sample, or None; PER_SAMPLE: statistics are of samples, else of rows.
+
+    tokens: a row of tokens_stride numbers for each sample; place: which of them is written, or None for the first.
+    """
     sample = tl.program_id(0)
     row = sample
     if rows is not None:
@@ -113,6 +118,9 @@ def draw_kernel(
     token = tl.reshape(offs, [cut.group])
     at = pick(w, tl.arange(0, cut.group), tl.sum(uniform_narrow(c), 0))
     token = tl.sum(tl.where(tl.arange(0, cut.group) == at, token, 0), 0)
-    tl.store(tokens + sample, tl.minimum(token, vocab - 1).to(tokens.dtype.element_ty))
+    target = sample.to(tl.int64) * tokens_stride
+    if place is not None:
+        target += tl.load(place + sample)
+    tl.store(tokens + target, tl.minimum(token, vocab - 1).to(tokens.dtype.element_ty))
     if valid is not None:
         tl.store(valid + sample, ((total > 0) & (total < float("inf"))).to(tl.int8))

@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 
 from flashinfer.ops.sampling.triton.rows import (
-    LOG2E,
     NEG_INF,
     NEG_INF_KEY,
     NO_KEY,
@@ -95,8 +94,8 @@ def scan_between(x, vocab, shift, low, high, slots, LOGITS: tl.constexpr, cut: t
 
 
 @triton.jit
-def scan_for_kth(x, vocab, shift, k, low, high, LOGITS: tl.constexpr, SCAN: tl.constexpr):
-    """(key of the k-th largest number of the row, weight at or above it), by halving [low, high): at most 34 reads."""
+def scan_for_kth(x, vocab, k, low, high, LOGITS: tl.constexpr, SCAN: tl.constexpr):
+    """A key with k numbers of the row at or above it, that of the k-th if more are, by halving: at most 33 reads."""
     offs_scan = tl.arange(0, SCAN)
     low = low.to(tl.int64)
     high = high.to(tl.int64)
@@ -113,7 +112,7 @@ def scan_for_kth(x, vocab, shift, k, low, high, LOGITS: tl.constexpr, SCAN: tl.c
             at_low = count
         else:
             high = middle
-    return low.to(tl.int32), scan_weight(x, vocab, shift, low.to(tl.int32), LOGITS, SCAN)
+    return low.to(tl.int32)
 
 
 @triton.jit
@@ -128,59 +127,91 @@ def scan_weight(x, vocab, shift, low, LOGITS: tl.constexpr, SCAN: tl.constexpr):
 
 
 @triton.jit
-def bracket_of_kth(group_key, k, vocab, lowest, cut: tl.constexpr):
-    """Keys [low, high) to look for the k-th largest number in.
+def bracket(group_key, k, vocab, lowest, cut: tl.constexpr):
+    """Keys [low, high) to look for the k-th largest number in; for k = vocab, the key where the heaviest groups begin.
 
     With at least k groups, the k-th largest maximum is at or below it, and high is open. With fewer, were the numbers
     in random order, a share 1 - (1 - k/vocab)^group of all groups would reach it: a guess of four deviations around.
     """
     num_groups = tl.sum((group_key != NO_KEY).to(tl.int32), 0)
+    low_rank = k.to(tl.int32)
+    high_rank = tl.full((), 0, tl.int32)
+    if k > num_groups:
+        low_rank = tl.full((), 0, tl.int32)
+        if vocab > cut.candidates:
+            if k >= vocab:
+                low_rank = tl.minimum(num_groups, HEAD_GROUPS)
+            else:
+                share = 1.0 - tl.exp2(tl.log2(1.0 - k.to(tl.float32) / vocab) * cut.group)
+                rank = num_groups * share
+                margin = 4.0 * tl.sqrt(rank * (1.0 - share)) + 1.0
+                if rank + margin < num_groups:
+                    low_rank = (rank + margin).to(tl.int32)
+                    high_rank = tl.maximum(rank - margin, 1.0).to(tl.int32)
     low = lowest
     high = tl.full((), TOP_KEY, tl.int32)
     bottom = tl.full((), NO_KEY, tl.int32)
-    if k <= num_groups:
-        low = tl.maximum(kth_largest_key(group_key, k, bottom, high), lowest)
-    elif vocab > cut.candidates:
-        share = 1.0 - tl.exp2(tl.log2(1.0 - k.to(tl.float32) / vocab) * cut.group)
-        rank = num_groups * share
-        margin = 4.0 * tl.sqrt(rank * (1.0 - share)) + 1.0
-        if rank + margin < num_groups:
-            low = tl.maximum(kth_largest_key(group_key, (rank + margin).to(tl.int32), bottom, high), lowest)
-            high = kth_largest_key(group_key, tl.maximum(rank - margin, 1.0).to(tl.int32), bottom, high)
-            high = tl.maximum(high, low)
+    top = tl.full((), TOP_KEY, tl.int32)
+    # A loop, so that the search is compiled once.
+    for step in range((low_rank > 0).to(tl.int32) + (high_rank > 0).to(tl.int32)):
+        edge = kth_largest_key(group_key, tl.where(step == 0, low_rank, high_rank), bottom, top)
+        high = tl.where(step == 0, high, tl.maximum(edge, low))
+        low = tl.where(step == 0, tl.maximum(edge, lowest), low)
     return low, high
 
 
 @triton.jit
-def keep_top_k(
-    x, vocab, shift, group_key, k, lowest, slots, LOGITS: tl.constexpr, cut: tl.constexpr, SCAN: tl.constexpr
+def hold(
+    x,
+    vocab,
+    shift,
+    group_key,
+    k,
+    limit,
+    lowest,
+    slots,
+    TOP_K: tl.constexpr,
+    NUCLEUS: tl.constexpr,
+    LOGITS: tl.constexpr,
+    cut: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
-    """(floor: the key from which on tokens are kept; their weight; how many of the candidates are kept or more).
+    """(floor: the key from which on tokens are kept; their weight; how many candidates hold them, -1 if they do not).
 
-    The last is -1 unless all kept tokens are candidates. Tokens that equal the last one kept are kept.
+    k < vocab (with TOP_K): those that top_k keeps, and all that equal the last of them; right in any case. k = vocab
+    (with NUCLEUS): the heaviest tokens, if they weigh `limit`.
     """
-    low, high = bracket_of_kth(group_key, k, vocab, lowest, cut)
+    low, high = bracket(group_key, k, vocab, lowest, cut)
     above = tl.full((), 0, tl.int32)
     mass = tl.full((), 0.0, tl.float32)
     if high == TOP_KEY:
         count = gather(x, vocab, group_key, low, slots, LOGITS, cut)
     else:
         count, above, mass = scan_between(x, vocab, shift, low, high, slots, LOGITS, cut, SCAN)
-    found = (count <= cut.candidates) & (above < k) & ((above + count >= k) | (low == lowest))
+    floor = lowest
+    weight = tl.full((), 0.0, tl.float32)
     held = tl.full((), -1, tl.int32)
-    if found:
-        key, weight = candidates(slots, count, shift, LOGITS, cut)
-        floor = kth_largest_key(key, k - above, low, high)
-        # The search may end between two keys: the floor is the smallest key kept.
-        floor = tl.maximum(floor, tl.min(tl.where(key >= floor, key, TOP_KEY), 0))
-        weight = mass + tl.sum(tl.where(key >= floor, weight, 0.0), 0)
-        if high == TOP_KEY:
-            held = count
-    else:
-        # A guess may be wrong on either side; a bound may not.
-        bottom = tl.where(high == TOP_KEY, low, lowest)
-        peak = tl.max(group_key, 0) + 1
-        floor, weight = scan_for_kth(x, vocab, shift, k, bottom, peak, LOGITS, SCAN)
+    if NUCLEUS:
+        if (k >= vocab) & (count <= cut.candidates):
+            _keys, share = candidates(slots, count, shift, LOGITS, cut)
+            weight = tl.sum(share, 0)
+            if (weight >= limit) | (low == lowest):
+                held = count
+                floor = low
+    if TOP_K:
+        if k < vocab:
+            if (count <= cut.candidates) & (above < k) & ((above + count >= k) | (low == lowest)):
+                key, share = candidates(slots, count, shift, LOGITS, cut)
+                floor = kth_largest_key(key, k - above, low, high)
+                weight = mass + tl.sum(tl.where(key >= floor, share, 0.0), 0)
+                if high == TOP_KEY:
+                    held = count
+            else:
+                # A guess may be wrong on either side; a bound may not.
+                bottom = tl.where(high == TOP_KEY, low, lowest)
+                peak = tl.max(group_key, 0) + 1
+                floor = scan_for_kth(x, vocab, k, bottom, peak, LOGITS, SCAN)
+                weight = scan_weight(x, vocab, shift, floor, LOGITS, SCAN)
     return floor, weight, held
 
 
@@ -190,24 +221,6 @@ def candidates(slots, count, shift, LOGITS: tl.constexpr, cut: tl.constexpr):
     offs = tl.arange(0, cut.candidates)
     v = tl.load(slots[1] + offs, mask=offs < count, other=NEG_INF if LOGITS else 0.0)
     return tl.where(offs < count, sort_key(v), NO_KEY), weight_of(v, shift, LOGITS)
-
-
-@triton.jit
-def hold_nucleus(x, vocab, shift, group_key, num_groups, limit, lowest, slots, LOGITS: tl.constexpr, cut: tl.constexpr):
-    """(number of candidates, -1 if they weigh less than `limit`; the key they begin at), from the heaviest groups."""
-    bottom = tl.full((), NO_KEY, tl.int32)
-    top = tl.full((), TOP_KEY, tl.int32)
-    low = lowest
-    if vocab > cut.candidates:
-        head = tl.minimum(tl.full((), HEAD_GROUPS, tl.int32), num_groups)
-        low = tl.maximum(kth_largest_key(group_key, head, bottom, top), lowest)
-    count = gather(x, vocab, group_key, low, slots, LOGITS, cut)
-    held = tl.full((), -1, tl.int32)
-    if count <= cut.candidates:
-        _keys, share = candidates(slots, count, shift, LOGITS, cut)
-        if (tl.sum(share, 0) >= limit) | (low == lowest):
-            held = count
-    return held, low
 
 
 @triton.jit
@@ -249,7 +262,7 @@ def draw_pivots(x, vocab, weight, offs_group, random, sample, LOGITS: tl.constex
     # A group without weight is below every target: so the weights themselves are not held on.
     running = tl.where(weight > 0, tl.cumsum(weight, 0), -1.0)
     group = draw * 0
-    for i in tl.static_range(NUM_PIVOTS):
+    for i in range(NUM_PIVOTS):
         u = tl.sum(tl.where(draw == i, wide, 0.0), 0)
         first = tl.min(tl.where(running > u * total, offs_group, TOP_KEY), 0)
         group = tl.where(draw == i, tl.where(first == TOP_KEY, last, first), group)
@@ -323,37 +336,34 @@ def filter_kernel(
     if KIND == "k" or KIND == "kp" or KIND == "joint":
         k = k_value
         if top_k is not None:
-            k = tl.minimum(tl.load(top_k + row), vocab).to(tl.int32)
+            k = tl.minimum(tl.load(top_k + row), vocab)
         k = tl.maximum(k, 1)
+    k = tl.cast(k, tl.int32)
     p = tl.cast(p_value, tl.float32)
     if KIND != "k":
         if top_p is not None:
             p = tl.load(top_p + row).to(tl.float32)
-    unlimited = p >= 1.0
-    if KIND == "k" or KIND == "min_p":
-        unlimited = tl.full((), True, tl.int1)
     usable = (total > 0) & (total < float("inf"))
     floor = lowest
     limit = tl.full((), float("inf"), tl.float32)
     held = tl.full((), -1, tl.int32)
     if usable:
         if KIND == "min_p":
-            peak = tl.max(group_high, 0)
-            threshold = peak + tl.log2(p) / LOG2E if LOGITS else peak * p
-            floor = tl.maximum(sort_key(threshold), lowest)
+            floor = tl.maximum(sort_key(tl.max(group_high, 0) * p), lowest)
             if p > 0:
                 count = gather(x, vocab, group_key, floor, slots, LOGITS, cut)
                 if count <= cut.candidates:
                     held = count
-        elif not unlimited:
-            if k >= vocab:
-                limit = (p * total).to(tl.float32)
-                held, _low = hold_nucleus(x, vocab, shift, group_key, num_groups, limit, lowest, slots, LOGITS, cut)
-        if KIND == "k" or KIND == "kp" or KIND == "joint":
-            if k < vocab:
-                floor, share, held = keep_top_k(x, vocab, shift, group_key, k, lowest, slots, LOGITS, cut, SCAN)
-                if not unlimited:
-                    limit = p * (total.to(tl.float32) if KIND == "joint" else share)
+        else:
+            unlimited = p >= 1.0
+            if (k < vocab) | (unlimited == 0):
+                TOP_K: tl.constexpr = KIND != "p"
+                mass = (p * total).to(tl.float32)
+                floor, share, held = hold(
+                    x, vocab, shift, group_key, k, mass, lowest, slots, TOP_K, KIND != "k", LOGITS, cut, SCAN
+                )
+                if unlimited == 0:
+                    limit = tl.where(k < vocab, p * share, mass) if KIND == "kp" else mass
     token = tl.full((), 0, tl.int32)
     is_open = tl.full((), 0, tl.int32)
     if held >= 0:

@@ -126,35 +126,61 @@ def _kinds(*arguments: torch.Tensor | int | None) -> Hashable:
     return tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in arguments)
 
 
-def draw(
+class Places(NamedTuple):
+    """Where draws come from and go to.
+
+    rows: `[n]`, the row each is of; None: its number. residual: what is taken off that row. tokens: `[n]`, or
+    `[n, length]` with place int32 `[n]`: which of its row gets the token.
+    """
+
+    rows: torch.Tensor | None
+    residual: Residual
+    tokens: torch.Tensor
+    place: torch.Tensor | None
+
+
+def draw(x: torch.Tensor, logits: bool, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token for each sample by its weight alone."""
+    cut = cut_of(x.shape[1], x.element_size())
+    per_sample = draws.indices is None or draws.num_samples <= x.shape[0]
+    stats = group_stats(x, cut, logits, (logits, True), draws.indices if per_sample else None)
+    tokens, valid = _outputs(x, draws)
+    _launch_draw(x, logits, draws, stats, per_sample, Places(draws.indices, NO_RESIDUAL, tokens, None), valid)
+    return tokens, valid
+
+
+def draw_into(x: torch.Tensor, draws: Draws, places: Places) -> None:
+    """One token for each sample by its weight among probs `x`, less the residual."""
+    stats = group_stats(x, cut_of(x.shape[1], x.element_size()), False, (False, True), places.rows, places.residual)
+    _launch_draw(x, False, draws, stats, True, places, None)
+
+
+def _launch_draw(
     x: torch.Tensor,
     logits: bool,
     draws: Draws,
-    rows: torch.Tensor | None = None,
-    residual: Residual = NO_RESIDUAL,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token for each sample by its weight alone; `rows`, `residual`: of a sample, instead of draws.indices."""
-    cut = cut_of(x.shape[1], x.element_size())
-    rows = draws.indices if rows is None else rows
-    per_sample = rows is None or residual is not NO_RESIDUAL or draws.num_samples <= x.shape[0]
-    stats = group_stats(x, cut, logits, (logits, True), rows if per_sample else None, residual)
-    tokens, valid = _outputs(x, draws)
-    random = random_of(draws)
+    stats: Stats,
+    per_sample: bool,
+    places: Places,
+    valid: torch.Tensor | None,
+) -> None:
+    cut, random = cut_of(x.shape[1], x.element_size()), random_of(draws)
+    rows, residual, tokens, place = places
     parts = tuple(residual)
     pointers = [p for p in parts if not isinstance(p, int)]
     key = (x.dtype, x.stride(0), x.shape[1], logits, per_sample, cut, random.key, tokens.dtype)
-    key = (*key, alignment(x, rows, *pointers), _kinds(rows, *parts))
+    key = (*key, alignment(x, rows, place, *pointers), _kinds(rows, place, *parts))
     _draw(
         (draws.num_samples, 1, 1),
         key,
         (
-            *(x, rows, residual, stats.group_max, stats.group_sum, *random, tokens, valid.view(torch.int8)),
-            *(x.stride(0), x.shape[1], stats.num_groups, per_sample, logits, cut),
+            *(x, rows, residual, stats.group_max, stats.group_sum, *random, tokens, place, tokens.stride(0)),
+            *(None if valid is None else valid.view(torch.int8), x.stride(0), x.shape[1], stats.num_groups),
+            *(per_sample, logits, cut),
         ),
         x.device,
         num_warps=cut.num_warps,
     )
-    return tokens, valid
 
 
 def _outputs(x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:

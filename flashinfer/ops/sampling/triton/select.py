@@ -76,8 +76,7 @@ def write_by_scan(x, vocab, floor, room, k, out_values, out_indices, HIGH: tl.co
         keep = (key > floor) | (tie & (ties + tl.cumsum(tie.to(tl.int32), 0) <= room))
         position = written + tl.cumsum(keep.to(tl.int32), 0) - 1
         keep &= position < k
-        if out_values is not None:
-            tl.store(out_values + position, v.to(out_values.dtype.element_ty), mask=keep)
+        tl.store(out_values + position, v.to(out_values.dtype.element_ty), mask=keep)
         tl.store(out_indices + position, offs.to(out_indices.dtype.element_ty), mask=keep)
         written += tl.sum(keep.to(tl.int32), 0)
         ties += tl.sum(tie.to(tl.int32), 0)
@@ -101,23 +100,22 @@ def select_kernel(
     SCAN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid: rows. Writes min(k, window) entries of `out_values` (or None) and `out_indices` `[rows, k]`.
+    """Grid: rows. Writes `out_values` and `out_indices` `[rows, k]`.
 
     HIGH: which of the numbers that equal the smallest one kept stay: those of high index, not of low. A window of at
-    most k numbers is written in its own order.
+    most k numbers is written in its own order, 0 and -1 after it.
     """
     row = tl.program_id(0).to(tl.int64)
     x, length = window_of(x, row, stride, vocab, starts, lengths)
     out_indices += row * k
-    if out_values is not None:
-        out_values += row * k
+    out_values += row * k
     if length <= k:
-        for begin in range(0, length, BLOCK):
+        for begin in range(0, k, BLOCK):
             offs = begin + tl.arange(0, BLOCK)
-            if out_values is not None:
-                v = read(x, offs, length, True)
-                tl.store(out_values + offs, v.to(out_values.dtype.element_ty), mask=offs < length)
-            tl.store(out_indices + offs, offs.to(out_indices.dtype.element_ty), mask=offs < length)
+            v = tl.where(offs < length, read(x, offs, length, True), 0.0)
+            index = tl.where(offs < length, offs, -1)
+            tl.store(out_values + offs, v.to(out_values.dtype.element_ty), mask=offs < k)
+            tl.store(out_indices + offs, index.to(out_indices.dtype.element_ty), mask=offs < k)
     else:
         offs_group = tl.arange(0, cut.groups)
         mask = offs_group < num_groups
@@ -140,7 +138,7 @@ def select_kernel(
             index = tl.load(slots[2] + offs, mask=offs < count, other=0)
             key = tl.where(offs < count, sort_key(v), NO_KEY)
             floor = kth_largest_key(key, k, low, top)
-            floor = tl.maximum(floor, tl.min(tl.where(key >= floor, key, TOP_KEY), 0))
+            # The search may end between two keys: then k are larger and nothing ties.
             keep = key > floor
             tie = key == floor
             room = k - tl.sum(keep.to(tl.int32), 0)
@@ -152,22 +150,15 @@ def select_kernel(
                     tie &= index <= edge
             keep |= tie
             position = tl.cumsum(keep.to(tl.int32), 0) - 1
-            if out_values is not None:
-                tl.store(out_values + position, v.to(out_values.dtype.element_ty), mask=keep)
+            tl.store(out_values + position, v.to(out_values.dtype.element_ty), mask=keep)
             tl.store(out_indices + position, index.to(out_indices.dtype.element_ty), mask=keep)
         else:
             peak = tl.max(group_key, 0) + 1
-            floor, _weight = scan_for_kth(x, length, 0.0, k, low, peak, True, SCAN)
+            floor = scan_for_kth(x, length, k, low, peak, True, SCAN)
             larger = tl.zeros([SCAN], tl.int32)
-            equal = tl.full((), TOP_KEY, tl.int32)
             for begin in range(0, length, SCAN):
                 offs = begin + tl.arange(0, SCAN)
                 key = tl.where(offs < length, sort_key(read(x, offs, length, True)), NO_KEY)
-                # The search may end between two keys: the floor is the smallest key kept.
-                equal = tl.minimum(equal, tl.min(tl.where(key >= floor, key, TOP_KEY), 0))
-            for begin in range(0, length, SCAN):
-                offs = begin + tl.arange(0, SCAN)
-                key = tl.where(offs < length, sort_key(read(x, offs, length, True)), NO_KEY)
-                larger += (key > equal).to(tl.int32)
+                larger += (key > floor).to(tl.int32)
             room = k - tl.sum(larger, 0)
-            write_by_scan(x, length, equal, room, k, out_values, out_indices, HIGH, SCAN)
+            write_by_scan(x, length, floor, room, k, out_values, out_indices, HIGH, SCAN)

@@ -23,7 +23,7 @@ def scale_of(temperature, value, row):
     """What logits are multiplied with before the power of two."""
     if temperature is not None:
         value = tl.load(temperature + row).to(tl.float32)
-    return LOG2E / tl.cast(value, tl.float32)
+    return tl.div_rn(tl.cast(LOG2E, tl.float32), tl.cast(value, tl.float32))
 
 
 @triton.jit
@@ -50,10 +50,11 @@ def combine(high, total, scale):
 
 
 @triton.jit
-def write_tile(x, out, tile, vocab, peak, total, scale, TILE: tl.constexpr):
+def write_tile(x, out, tile, vocab, peak, share, scale, TILE: tl.constexpr):
+    """One tile of the result; share: the part of the whole that the largest logit has."""
     offs = tile * TILE + tl.arange(0, TILE)
     v = tl.load(x + offs, mask=offs < vocab, other=NEG_INF).to(tl.float32)
-    tl.store(out + offs, power(v - peak, scale) / total, mask=offs < vocab)
+    tl.store(out + offs, power(v - peak, scale) * share, mask=offs < vocab)
 
 
 @triton.jit(do_not_specialize=["value"])
@@ -65,8 +66,9 @@ def softmax_rows_kernel(x, out, temperature, value, stride, vocab, TILE: tl.cons
     scale = scale_of(temperature, value, row)
     num_tiles = tl.cdiv(vocab, TILE)
     peak, total = row_state(x, 0, num_tiles, vocab, scale, TILE)
+    share = tl.div_rn(1.0, total)
     for i in range(num_tiles):
-        write_tile(x, out, num_tiles - 1 - i, vocab, peak, total, scale, TILE)
+        write_tile(x, out, num_tiles - 1 - i, vocab, peak, share, scale, TILE)
 
 
 @triton.jit(do_not_specialize=["value", "num_splits", "tiles_per_split"])
@@ -103,4 +105,4 @@ def softmax_write_kernel(
     total = tl.load(state + offs + 1, mask=split < num_splits, other=0.0)
     peak, total = combine(high, total, scale)
     tile = tl.program_id(0) % num_tiles
-    write_tile(x + row * stride, out + row * vocab, tile, vocab, peak, total, scale, TILE)
+    write_tile(x + row * stride, out + row * vocab, tile, vocab, peak, tl.div_rn(1.0, total), scale, TILE)

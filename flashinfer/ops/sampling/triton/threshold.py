@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashinfer.ops.sampling.triton.filter import candidates, gather, hold_nucleus, keep_top_k, scan_weight
+from flashinfer.ops.sampling.triton.filter import candidates, gather, hold, scan_weight
 from flashinfer.ops.sampling.triton.rows import (
     NEG_INF,
     NEG_INF_KEY,
@@ -128,7 +128,7 @@ def threshold_kernel(
             weight, _shift = group_weights(group_max, group_sum, row * cut.groups + offs_group, mask, LOGITS)
             kept = tl.sum(weight, 0).to(tl.float32)
         if (k < vocab) & (peak >= lowest):
-            floor, kept, _held = keep_top_k(x, vocab, shift, group_key, k, lowest, slots, LOGITS, cut, SCAN)
+            floor, kept, _held = hold(x, vocab, shift, group_key, k, 0.0, lowest, slots, True, False, LOGITS, cut, SCAN)
     elif KIND == "min_p":
         floor = tl.maximum(sort_key(tl.max(group_high, 0) * tl.cast(value, tl.float32)), lowest)
         count = gather(x, vocab, group_key, floor, slots, LOGITS, cut)
@@ -144,10 +144,13 @@ def threshold_kernel(
         kept = total.to(tl.float32)
         limit = (p * total).to(tl.float32)
         if (p < 1.0) & (total > 0) & (total < float("inf")):
-            held, low = hold_nucleus(x, vocab, shift, group_key, num_groups, limit, lowest, slots, LOGITS, cut)
+            everything = tl.cast(vocab, tl.int32)
+            floor, _weight, held = hold(
+                x, vocab, shift, group_key, everything, limit, lowest, slots, False, True, LOGITS, cut, SCAN
+            )
             if held >= 0:
                 key, share = candidates(slots, held, shift, LOGITS, cut)
-                floor = nucleus_floor(key, share, limit, low - 1, peak)
+                floor = nucleus_floor(key, share, limit, floor - 1, peak)
                 kept = tl.sum(tl.where(key >= floor, share, 0.0), 0)
             else:
                 is_open = tl.full((), 1, tl.int32)
@@ -298,5 +301,5 @@ def apply_kernel(x, out, floors, weights, stride, vocab, num_tiles, LOGITS: tl.c
     if LOGITS:
         y = tl.where(keep, v, NEG_INF)
     else:
-        y = tl.where(keep, v / tl.load(weights + row), 0.0)
+        y = tl.where(keep, tl.div_rn(v, tl.load(weights + row)), 0.0)
     tl.store(out + row * vocab + offs, y.to(out.dtype.element_ty), mask=offs < vocab)
