@@ -41,8 +41,8 @@ class SamplingOp:
     run: `(inputs)` -> tokens `[batch]`, or rows. allowed: `(inputs of some rows)` -> bool, which tokens may come; or
     None where rows come out. reference: `(inputs of some rows)` -> these rows, in fp64 if the inputs are. sort:
     torch's way to the same, which sorts or selects. top_k, top_p: the parameters of all rows. scale: the deviation of
-    the logits. writes: whether rows as large as the input come out. arrange: puts rows in the
-    order they are compared in, outside of what is timed.
+    the logits. writes: whether rows as large as the input come out. arrange: puts rows into the
+    form they are compared in, outside of what is timed.
     """
 
     name: str
@@ -54,7 +54,7 @@ class SamplingOp:
     top_p: float = 0.9
     scale: float = 2.0
     writes: bool = False
-    arrange: Callable[[torch.Tensor], torch.Tensor] | None = None
+    arrange: Callable[[Inputs, torch.Tensor], torch.Tensor] | None = None
     batches: tuple[int, ...] = BATCHES
 
 
@@ -103,7 +103,7 @@ class NewResult:
         if self._result is None:
             return self.inputs.probs.new_full((self.inputs.probs.shape[0], 1), float("nan"))
         if self.op.allowed is None:
-            return self._result if self.op.arrange is None else self.op.arrange(self._result)
+            return self._result if self.op.arrange is None else self.op.arrange(self.inputs, self._result)
         chosen = self._result.long()[:, None]
         return self.op.allowed(self.inputs).gather(1, chosen).to(self.inputs.probs.dtype)
 
@@ -172,6 +172,18 @@ def _hot(i: Inputs) -> torch.Tensor:
     return (i.logits / 0.8).softmax(-1)
 
 
+def _clear_of_edge(i: Inputs, x: torch.Tensor) -> torch.Tensor:
+    """x with 0 for tokens above which top_p lies but for 2e-6: there the rounding of fp32 sums decides."""
+    ordered, order = i.probs.double().sort(-1, descending=True)
+    before = ordered.cumsum(-1) - ordered
+    clear = (before - i.top_p[:, None] * ordered.sum(-1, keepdim=True)).abs() > 2e-6
+    return torch.where(torch.zeros_like(clear).scatter(1, order, clear), x, 0.0)
+
+
+def _clear_nucleus_share(i: Inputs) -> torch.Tensor:
+    return _clear_of_edge(i, _nucleus_share(i))
+
+
 def _nucleus_share(i: Inputs) -> torch.Tensor:
     ordered = i.probs.sort(-1, descending=True).values
     before = ordered.double().cumsum(-1) - ordered
@@ -220,7 +232,7 @@ def _top_p(i: Inputs) -> torch.Tensor:
     return sampling.top_p_sampling_from_probs(i.probs, i.top_p, **SEEDED)
 
 
-def _in_order(x: torch.Tensor) -> torch.Tensor:
+def _in_order(i: Inputs, x: torch.Tensor) -> torch.Tensor:
     return x.sort(-1, descending=True).values
 
 
@@ -240,8 +252,9 @@ _OPS = (
         "top_p_renorm",
         lambda i: flashinfer.top_p_renorm_probs(i.probs, i.top_p),
         _nucleus_share,
-        reference=_nucleus_share,
+        reference=_clear_nucleus_share,
         writes=True,
+        arrange=_clear_of_edge,
     ),
     SamplingOp(
         "top_k_renorm",
