@@ -78,6 +78,24 @@ def test_fused_into_one_call(name: str, logits: torch.Tensor) -> None:
     assert torch.equal(pipe(x, **parameters, **SEEDED), CALLS[name](x, **parameters))
 
 
+@pytest.mark.parametrize("joint", [False, True])
+def test_temperature_before_filters(joint: bool, logits: torch.Tensor) -> None:
+    """One softmax and one filtered draw, without logits in between."""
+    order = "joint" if joint else "top_k_first"
+    probs, given = sampling.softmax(logits, 0.7), {"temperature": 0.7, "top_k": 9, "top_p": 0.7, **SEEDED}
+    pipe = LogitsPipe([Temperature(), TopK(joint_topk_topp=joint), Softmax(), TopP(), Sample()])
+    assert names(pipe) == ["FilteredLogitsSampleOp"]
+    expected = sampling.top_k_top_p_sampling_from_probs(probs, 9, 0.7, filter_apply_order=order, **SEEDED)
+    assert torch.equal(pipe(logits, **given), expected)
+    for rest in ([Softmax(), Sample()], [Sample()]):
+        pipe = LogitsPipe([Temperature(), TopK(), *rest])
+        assert names(pipe) == ["FilteredLogitsSampleOp"]
+        assert torch.equal(pipe(logits, **given), sampling.top_k_sampling_from_probs(probs, 9, **SEEDED))
+    pipe = LogitsPipe([Temperature(), Sample()])
+    assert names(pipe) == ["FilteredLogitsSampleOp"]
+    assert torch.equal(pipe(logits, **given), sampling.sampling_from_probs(probs, **SEEDED))
+
+
 def test_temperature_joins_softmax(logits: torch.Tensor) -> None:
     pipe = LogitsPipe([Temperature(), Softmax(), TopK(), TopP(), MinP(), Sample()])
     assert names(pipe) == ["TemperatureSoftmaxOp", "ProbsTopKOp", "TopPOp", "ProbsSampleOp"]
