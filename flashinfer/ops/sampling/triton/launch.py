@@ -30,7 +30,10 @@ STATE_FIELDS = 8
 # Two programs of eight warps a multiprocessor. Stated, since ptxas would else spill a few bytes to fit a third.
 REGISTERS = {"maxnreg": 128}
 SOFTMAX_TILE = 4096
-SOFTMAX_ROW_TILE = 8192
+# Of a row that one program does: what stays in its registers (32 of 128 a thread), and what is read at a time.
+SOFTMAX_HELD = 16384
+SOFTMAX_ROW_TILE = 4096
+SOFTMAX_STAGES = 4
 APPLY_TILE = 4096
 
 _stats = Prebound(group_stats_kernel)
@@ -273,7 +276,7 @@ def softmax(logits: torch.Tensor, temperature: Parameter) -> torch.Tensor:
     sizes = (pointer, value, logits.stride(0), vocab_size)
     num_sms = arch_of(logits.device).num_sms
     if num_rows >= num_sms:
-        arguments = (logits, out, *sizes, SOFTMAX_ROW_TILE)
+        arguments = (logits, out, *sizes, SOFTMAX_HELD, SOFTMAX_ROW_TILE, SOFTMAX_STAGES)
         _softmax_rows((num_rows, 1, 1), key, arguments, logits.device, num_warps=16, **REGISTERS)
         return out
     tiles = triton.cdiv(vocab_size, SOFTMAX_TILE)

@@ -1,7 +1,8 @@
 """softmax(logits / temperature) in fp32: the rows' maxima and sums in one read, the result in a second one.
 
-With few rows several programs share one; with many a program keeps its row to itself and reads it backwards the second
-time, so that what it read last, which the L2 cache still holds, comes first.
+With few rows several programs share one. With many a program keeps its row to itself: the row's beginning stays in its
+registers, and the rest is read backwards the second time, so that what it read last, which the L2 cache still holds,
+comes first.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ def scale_of(temperature, value, row):
 
 
 @triton.jit
-def row_state(x, first, num_tiles, vocab, scale, TILE: tl.constexpr):
+def row_state(x, begin, num_tiles, vocab, scale, TILE: tl.constexpr, STAGES: tl.constexpr):
     """(largest logit, sum of powers relative to it) of `num_tiles` tiles; each lane keeps its own until the end."""
     high = tl.full([TILE], NEG_INF, tl.float32)
     total = tl.zeros([TILE], tl.float32)
-    for i in range(num_tiles):
-        offs = (first + i) * TILE + tl.arange(0, TILE)
+    for i in tl.range(num_tiles, num_stages=STAGES):
+        offs = begin + i * TILE + tl.arange(0, TILE)
         v = tl.load(x + offs, mask=offs < vocab, other=NEG_INF).to(tl.float32)
         new = tl.maximum(high, v)
         base = tl.where(new == NEG_INF, 0.0, new)
@@ -50,34 +51,45 @@ def combine(high, total, scale):
 
 
 @triton.jit
-def write_tile(x, out, tile, vocab, peak, share, scale, TILE: tl.constexpr):
+def write_tile(x, out, begin, vocab, peak, share, scale, TILE: tl.constexpr):
     """One tile of the result; share: the part of the whole that the largest logit has."""
-    offs = tile * TILE + tl.arange(0, TILE)
+    offs = begin + tl.arange(0, TILE)
     v = tl.load(x + offs, mask=offs < vocab, other=NEG_INF).to(tl.float32)
     tl.store(out + offs, power(v - peak, scale) * share, mask=offs < vocab)
 
 
 @triton.jit(do_not_specialize=["value"])
-def softmax_rows_kernel(x, out, temperature, value, stride, vocab, TILE: tl.constexpr):
-    """Grid: rows. temperature: `[rows]` or None for the value."""
+def softmax_rows_kernel(
+    x, out, temperature, value, stride, vocab, HELD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr
+):
+    """Grid: rows. temperature: `[rows]` or None for the value.
+
+    HELD: how many logits stay in registers. STAGES: how many tiles of TILE are on their way at once.
+    """
     row = tl.program_id(0).to(tl.int64)
     x += row * stride
     out += row * vocab
     scale = scale_of(temperature, value, row)
-    num_tiles = tl.cdiv(vocab, TILE)
-    peak, total = row_state(x, 0, num_tiles, vocab, scale, TILE)
+    offs_held = tl.arange(0, HELD)
+    held = tl.load(x + offs_held, mask=offs_held < vocab, other=NEG_INF).to(tl.float32)
+    num_tiles = tl.cdiv(tl.maximum(vocab - HELD, 0), TILE)
+    peak, total = row_state(x, HELD, num_tiles, vocab, scale, TILE, STAGES)
+    high = tl.maximum(peak, tl.max(held, 0))
+    base = tl.where(high == NEG_INF, 0.0, high)
+    total = total * power(peak - base, scale) + tl.sum(power(held - base, scale), 0)
     share = tl.div_rn(1.0, total)
-    for i in range(num_tiles):
-        write_tile(x, out, num_tiles - 1 - i, vocab, peak, share, scale, TILE)
+    for i in tl.range(num_tiles, num_stages=STAGES):
+        write_tile(x, out, HELD + (num_tiles - 1 - i) * TILE, vocab, high, share, scale, TILE)
+    tl.store(out + offs_held, power(held - high, scale) * share, mask=offs_held < vocab)
 
 
 @triton.jit(do_not_specialize=["value", "num_splits", "tiles_per_split"])
 def softmax_state_kernel(x, state, temperature, value, stride, vocab, num_splits, tiles_per_split, TILE: tl.constexpr):
     """Grid: rows * num_splits. state: fp32 `[rows, num_splits, 2]`."""
     row = (tl.program_id(0) // num_splits).to(tl.int64)
-    first = (tl.program_id(0) % num_splits) * tiles_per_split
+    begin = (tl.program_id(0) % num_splits) * tiles_per_split * TILE
     scale = scale_of(temperature, value, row)
-    peak, total = row_state(x + row * stride, first, tiles_per_split, vocab, scale, TILE)
+    peak, total = row_state(x + row * stride, begin, tiles_per_split, vocab, scale, TILE, 1)
     tl.store(state + tl.program_id(0) * 2, peak)
     tl.store(state + tl.program_id(0) * 2 + 1, total)
 
@@ -104,5 +116,5 @@ def softmax_write_kernel(
     high = tl.load(state + offs, mask=split < num_splits, other=NEG_INF)
     total = tl.load(state + offs + 1, mask=split < num_splits, other=0.0)
     peak, total = combine(high, total, scale)
-    tile = tl.program_id(0) % num_tiles
-    write_tile(x + row * stride, out + row * vocab, tile, vocab, peak, tl.div_rn(1.0, total), scale, TILE)
+    begin = (tl.program_id(0) % num_tiles) * TILE
+    write_tile(x + row * stride, out + row * vocab, begin, vocab, peak, tl.div_rn(1.0, total), scale, TILE)
