@@ -7,12 +7,14 @@ Common to all functions:
   top_k at or above the vocabulary size, top_p 1 and min_p 0 filter nothing. Tokens that tie with the last one kept are
   kept.
 - indices: int32 or int64 `[num_samples]`, the row each sample is drawn from; default: one sample a row. The tokens have
-  its dtype, else int32.
+  its dtype, else int32. Rows that do not exist are an error on the CPU; on a GPU nobody waits to look, so they must not
+  come.
 - generator: where the random numbers come from, default the device's own; seed and offset (both or neither; ints, or
   int64/uint64 tensors of length 1 or the number of samples) replace it. Equal seeds and offsets give equal tokens:
   `deterministic` is accepted and always true.
-- check_nan: raise ValueError if the input holds NaN (waits for the device). Without it a row of NaN, or one with
-  nothing left to draw from, gives some token of the vocabulary.
+- check_nan: raise ValueError if the input holds NaN (waits for the device). Without it NaN counts as a token that cannot
+  come (softmax alone hands it on), and a row with nothing left to draw from, or with infinite weight, gives some token
+  of the vocabulary.
 - return_valid: also return bool `[num_samples]`, False for such rows.
 - `enable_pdl` and `is_deterministic` are accepted and ignored: they change no result.
 

@@ -1,4 +1,4 @@
-"""Calls decode, prefill, append, merge, norms and activations, small, on the GPU: what compute-sanitizer watches.
+"""Calls attention, appends, merge, norms, activations and sampling, small, on the GPU: what compute-sanitizer watches.
 
 Each result is compared with torch in fp64, so that a clean report cannot come from kernels that did nothing.
 Lengths are odd on purpose: last pages part full, tiles cut off, one request without KV. `python3 -m
@@ -160,6 +160,27 @@ def activations() -> None:
         compare(f"silu_and_mul {rows} x {width}", flashinfer.silu_and_mul(x), torch.nn.functional.silu(a) * gate)
 
 
+def sampling() -> None:
+    """Odd rows off 16 bytes: what is held and what is left open, thresholds, selections, drafts."""
+    logits = (torch.randn(5, 9008, device=DEVICE) * 2)[:, 7:]
+    probs, greedy = flashinfer.softmax(logits), logits.double().argmax(-1)
+    compare("softmax", probs, logits.double().softmax(-1))
+    compare("top_p_renorm_probs", flashinfer.top_p_renorm_probs(probs, 0.999999), probs.double())
+    compare("top_k_renorm_probs", flashinfer.top_k_renorm_probs(probs, 8000).sum(-1), probs.new_ones(5).double())
+    compare("top_k", flashinfer.top_k(logits, 700)[0].sort().values, logits.double().topk(700).values.flip(-1))
+    compare("top_k = 1", flashinfer.top_k_top_p_sampling_from_logits(logits, 1, 0.5), greedy.double())
+    for tokens in (
+        flashinfer.sampling_from_logits(logits),
+        flashinfer.top_p_sampling_from_probs(probs, 0.98),
+        flashinfer.top_k_top_p_sampling_from_probs(probs, 5000, 0.9),
+        flashinfer.min_p_sampling_from_probs(probs, 1e-3),
+    ):
+        assert ((tokens >= 0) & (tokens < 9001)).all()
+    rows = probs[:, None].expand(5, 3, 9001)
+    accepted = flashinfer.chain_speculative_sampling(rows[:, :2], greedy[:, None].expand(5, 2), rows)[2]
+    compare("chain_speculative_sampling", accepted, accepted.new_full((5,), 2).double())
+
+
 if __name__ == "__main__":
-    for case in (decode, prefill_paged, prefill_ragged, prefill_hopper, merge, norms, activations):
+    for case in (decode, prefill_paged, prefill_ragged, prefill_hopper, merge, norms, activations, sampling):
         case()  # comparing reads the result, so it waits for the device
