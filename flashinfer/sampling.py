@@ -12,9 +12,9 @@ Common to all functions:
 - generator: where the random numbers come from, default the device's own; seed and offset (both or neither; ints, or
   int64/uint64 tensors of length 1 or the number of samples) replace it. Equal seeds and offsets give equal tokens:
   `deterministic` is accepted and always true.
-- check_nan: raise ValueError if the input holds NaN (waits for the device). Without it NaN counts as a token that cannot
-  come (softmax alone hands it on), and a row with nothing left to draw from, or with infinite weight, gives some token
-  of the vocabulary.
+- check_nan: raise ValueError if the input holds NaN (waits for the device). Without it a NaN is a token that cannot come
+  (softmax alone hands it on). A row with nothing left to draw from, or of infinite weight, gives some token of the
+  vocabulary.
 - return_valid: also return bool `[num_samples]`, False for such rows.
 - `enable_pdl` and `is_deterministic` are accepted and ignored: they change no result.
 
