@@ -12,8 +12,8 @@ Common to all functions:
 - generator: where the random numbers come from, default the device's own; seed and offset (both or neither; ints, or
   int64/uint64 tensors of length 1 or the number of samples) replace it. Equal seeds and offsets give equal tokens:
   `deterministic` is accepted and always true.
-- check_nan: raise ValueError if the input holds NaN (waits for the device). Without it a NaN is a token that never comes
-  (softmax alone hands it on). A row with nothing left to draw from, or of infinite weight, gives some token of the
+- check_nan: raise ValueError if the input holds NaN (waits for the device). Without it a NaN never comes
+  (softmax hands it on). A row with nothing left to draw from, or of infinite weight, gives some token of the
   vocabulary.
 - return_valid: also return bool `[num_samples]`, False for such rows.
 - `enable_pdl` and `is_deterministic` are accepted and ignored: they change no result.
