@@ -12,7 +12,7 @@ from attention import PackedStep, PagedAttention
 from kv_pages import PagePool
 from model import Llama
 
-import flashinfer
+from flashinfer.logits_processor import LogitsPipe, LogitsProcessor, MinP, Sample, Softmax, Temperature, TopK, TopP
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,19 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+
+
+def sampling_pipe(s: Sampling) -> LogitsPipe:
+    """The filters that are on, from logits to a token; fused into as few calls as there are kernels for."""
+    steps: list[LogitsProcessor] = [Temperature(temperature=s.temperature)]
+    if s.top_k > 0:
+        steps.append(TopK(top_k=s.top_k))
+    steps.append(Softmax())
+    if s.top_p < 1:
+        steps.append(TopP(top_p=s.top_p))
+    if s.min_p > 0:
+        steps.append(MinP(min_p=s.min_p))
+    return LogitsPipe([*steps, Sample()])
 
 
 @dataclass(frozen=True)
@@ -115,6 +128,7 @@ class Engine:
         self.attention = PagedAttention(
             model.config, limits.num_pages, limits.page_size, like=model.embedding, backend=backend
         )
+        self.pipe = sampling_pipe(self.sampling)
         self.generator = torch.Generator(model.embedding.device).manual_seed(self.sampling.seed)
         self.waiting: deque[Request] = deque()
         self.running: list[Request] = []
@@ -212,16 +226,9 @@ class Engine:
 
     def _sample(self, logits: torch.Tensor) -> torch.Tensor:
         """One token for each row of `logits` `[batch, vocab_size]`."""
-        s = self.sampling
-        if s.temperature == 0:
+        if self.sampling.temperature == 0:
             return logits.argmax(dim=-1)
-        probs = flashinfer.sampling.softmax(logits, temperature=s.temperature)
-        top_k = min(s.top_k, logits.shape[-1]) or logits.shape[-1]
-        if s.min_p == 0:
-            return flashinfer.sampling.top_k_top_p_sampling_from_probs(probs, top_k, s.top_p, generator=self.generator)
-        probs = flashinfer.sampling.top_k_renorm_probs(probs, top_k)
-        probs = flashinfer.sampling.top_p_renorm_probs(probs, s.top_p)
-        return flashinfer.sampling.min_p_sampling_from_probs(probs, s.min_p, generator=self.generator)
+        return self.pipe(logits, generator=self.generator)
 
     def _count(self, batch: list[tuple[Request, list[int]]], num_decodes: int, seconds: float) -> None:
         stats, num_tokens = self.stats, sum(len(tokens) for _, tokens in batch)

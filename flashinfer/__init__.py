@@ -56,6 +56,7 @@ from flashinfer.rope import (
     apply_rope_with_cos_sin_cache_inplace,
 )
 from flashinfer.sampling import (
+    chain_speculative_sampling,
     min_p_sampling_from_probs,
     sampling_from_logits,
     sampling_from_probs,
@@ -68,6 +69,7 @@ from flashinfer.sampling import (
     top_p_renorm_probs,
     top_p_sampling_from_probs,
 )
+from flashinfer.topk import TopKTieBreak, top_k, top_k_page_table_transform, top_k_ragged_transform, top_k_varlen
 
 __version__ = "0.1.0"
 
@@ -76,6 +78,7 @@ __all__ = [
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "TopKTieBreak",
     "append_paged_kv_cache",
     "append_paged_mla_kv_cache",
     "apply_llama31_rope",
@@ -88,6 +91,7 @@ __all__ = [
     "apply_rope_pos_ids_inplace",
     "apply_rope_with_cos_sin_cache",
     "apply_rope_with_cos_sin_cache_inplace",
+    "chain_speculative_sampling",
     "e2m1_and_ufp8sf_scale_to_float",
     "fast_decode_plan",
     "fused_add_rmsnorm",
@@ -123,11 +127,15 @@ __all__ = [
     "single_prefill_with_kv_cache",
     "single_prefill_with_kv_cache_return_lse",
     "softmax",
+    "top_k",
     "top_k_mask_logits",
+    "top_k_page_table_transform",
+    "top_k_ragged_transform",
     "top_k_renorm_probs",
     "top_k_sampling_from_probs",
     "top_k_top_p_sampling_from_logits",
     "top_k_top_p_sampling_from_probs",
+    "top_k_varlen",
     "top_p_renorm_probs",
     "top_p_sampling_from_probs",
 ]

@@ -7,12 +7,14 @@ Common to all functions:
   top_k at or above the vocabulary size, top_p 1 and min_p 0 filter nothing. Tokens that tie with the last one kept are
   kept.
 - indices: int32 or int64 `[num_samples]`, the row each sample is drawn from; default: one sample a row. The tokens have
-  its dtype, else int32.
+  its dtype, else int32. Rows that do not exist are an error on the CPU; on a GPU nobody waits to look, so they must not
+  come.
 - generator: where the random numbers come from, default the device's own; seed and offset (both or neither; ints, or
   int64/uint64 tensors of length 1 or the number of samples) replace it. Equal seeds and offsets give equal tokens:
   `deterministic` is accepted and always true.
-- check_nan: raise ValueError if the input holds NaN (waits for the device). Without it a row of NaN, or one with
-  nothing left to draw from, gives some token of the vocabulary.
+- check_nan: raise ValueError if the input holds NaN (waits for the device). Without it a NaN never comes
+  (softmax hands it on). A row with nothing left to draw from, or of infinite weight, gives some token of the
+  vocabulary.
 - return_valid: also return bool `[num_samples]`, False for such rows.
 - `enable_pdl` and `is_deterministic` are accepted and ignored: they change no result.
 
@@ -21,15 +23,12 @@ Raises ValueError for a wrong shape, dtype, device, range or parameter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 from flashinfer.core import check
 from flashinfer.ops import sampling as ops
+from flashinfer.ops.sampling import Parameter, Seed
 
-Parameter = float | torch.Tensor
-Seed = int | torch.Tensor
 Samples = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -61,7 +60,7 @@ def _check_parameter(name: str, value: Parameter, x: torch.Tensor, low: float, h
             f"Sampling parameter {name} batch size mismatch: got {value.shape[0]} values for {x.shape[0]} rows. "
             f"Pass one value for each row."
         )
-    return check.tensor(name, value, like=("the probabilities", x))
+    return check.tensor(name, value, like=("the probabilities", x)).contiguous()
 
 
 def _top_k(value: int | torch.Tensor, x: torch.Tensor) -> int | torch.Tensor:
@@ -72,68 +71,56 @@ def _top_k(value: int | torch.Tensor, x: torch.Tensor) -> int | torch.Tensor:
     return _check_parameter("top_k", value, x, 1, torch.inf)  # type: ignore[return-value]
 
 
-@dataclass(frozen=True)
-class _Draw:
-    """The rows to draw from and where the randomness comes from; checked, with `indices` not yet applied."""
+def _seed(name: str, value: Seed, x: torch.Tensor, num_samples: int) -> Seed:
+    """An int, or an int64 tensor of length 1 or `num_samples`."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    check.tensor(name, value, dtypes=(torch.int64, torch.uint64), shape=(None,), like=("the input", x))
+    if value.shape[0] not in (1, num_samples):
+        raise ValueError(
+            check.problem(name, f"{value.shape[0]} values", f"1 or {num_samples}", "Pass one, or one a sample.")
+        )
+    return value.contiguous().view(torch.int64)
 
-    rows: torch.Tensor
-    indices: torch.Tensor | None
-    generator: torch.Generator | None
-    seed: Seed | None
-    offset: Seed | None
 
-    def __post_init__(self) -> None:
-        if self.indices is not None:
-            check.tensor("indices", self.indices, dtypes=INDEX_DTYPES, shape=(None,), like=("the input", self.rows))
-            check.index_range("indices", self.indices, 0, self.rows.shape[0])
-        if (self.seed is None) != (self.offset is None):
-            raise ValueError(
-                check.problem("seed and offset", "one of the two", "both or neither", "Pass the missing one as well.")
-            )
+def _from_generator(x: torch.Tensor, generator: torch.Generator | None, numbers: int) -> tuple[Seed, Seed]:
+    """A seed and an offset; the generator moves on, a CUDA one by `numbers`, the count FlashInfer would use.
 
-    @property
-    def num_samples(self) -> int:
-        return self.rows.shape[0] if self.indices is None else self.indices.shape[0]
+    In the capture of a CUDA graph the seed is a tensor drawn on the device, so that every replay draws another one.
+    """
+    if generator is None and x.is_cuda:
+        index = x.device.index
+        generator = torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
+    if generator is None or generator.device.type != "cuda":
+        return int(torch.randint(2**63 - 1, (), generator=generator, device="cpu")), 0
+    if torch.cuda.is_current_stream_capturing():
+        return torch.randint(2**63 - 1, (1,), generator=generator, device=x.device), 0
+    offset = generator.get_offset()
+    generator.set_offset(offset + (numbers + 3) // 4 * 4)
+    return generator.initial_seed(), offset
 
-    def _seed_tensor(self, name: str, value: Seed) -> torch.Tensor:
-        device = self.rows.device
-        if isinstance(value, torch.Tensor):
-            check.tensor(name, value, dtypes=(torch.int64, torch.uint64), shape=(None,), like=("the input", self.rows))
-            if value.shape[0] not in (1, self.num_samples):
-                raise ValueError(
-                    check.problem(
-                        name, f"{value.shape[0]} values", f"1 or {self.num_samples}", "Pass one, or one a sample."
-                    )
-                )
-            return value.view(torch.int64)
-        bits = value & (2**64 - 1)
-        return torch.full((1,), bits - 2**64 if bits >> 63 else bits, dtype=torch.int64, device=device)
 
-    def _from_generator(self, numbers_per_row: int) -> tuple[int, int]:
-        """A seed and an offset; the generator moves on, a CUDA one by the count of numbers FlashInfer would use."""
-        generator = self.generator
-        if generator is None and self.rows.is_cuda:
-            index = self.rows.device.index
-            generator = torch.cuda.default_generators[torch.cuda.current_device() if index is None else index]
-        if generator is None or generator.device.type != "cuda":
-            return int(torch.randint(2**63 - 1, (), generator=generator, device="cpu")), 0
-        offset = generator.get_offset()
-        generator.set_offset(offset + (self.num_samples * numbers_per_row + 3) // 4 * 4)
-        return generator.initial_seed(), offset
-
-    def uniform(self, numbers_per_row: int) -> torch.Tensor:
-        seed, offset = self.seed, self.offset
-        if seed is None or offset is None:
-            seed, offset = self._from_generator(numbers_per_row)
-        return ops.uniform(self.num_samples, self._seed_tensor("seed", seed), self._seed_tensor("offset", offset))
-
-    def sample(self, keep: torch.Tensor | None, numbers_per_row: int, return_valid: bool) -> Samples:
-        rows, indices = self.rows, self.indices
-        if indices is not None:
-            rows, keep = rows[indices], None if keep is None else keep[indices]
-        tokens, valid = ops.sample(rows, keep, self.uniform(numbers_per_row))
-        tokens = tokens.to(torch.int32 if indices is None else indices.dtype)
-        return (tokens, valid) if return_valid else tokens
+def _draws(
+    x: torch.Tensor,
+    indices: torch.Tensor | None,
+    generator: torch.Generator | None,
+    seed: Seed | None,
+    offset: Seed | None,
+    numbers_per_row: int,
+) -> ops.Draws:
+    """Checked rows to draw from, and where the randomness comes from; numbers_per_row: that FlashInfer would use."""
+    if indices is not None:
+        check.tensor("indices", indices, dtypes=INDEX_DTYPES, shape=(None,), like=("the input", x))
+        check.index_range("indices", indices, 0, x.shape[0])
+        indices = indices.contiguous()
+    if (seed is None) != (offset is None):
+        raise ValueError(
+            check.problem("seed and offset", "one of the two", "both or neither", "Pass the missing one as well.")
+        )
+    num_samples = x.shape[0] if indices is None else indices.shape[0]
+    if seed is None or offset is None:
+        seed, offset = _from_generator(x, generator, num_samples * numbers_per_row)
+    return ops.Draws(_seed("seed", seed, x, num_samples), _seed("offset", offset, x, num_samples), num_samples, indices)
 
 
 def softmax(logits: torch.Tensor, temperature: Parameter | None = None, enable_pdl: bool | None = None) -> torch.Tensor:
@@ -157,8 +144,8 @@ def sampling_from_logits(
 ) -> torch.Tensor:
     """Draw tokens with probability `softmax(logits)`."""
     _check_rows("logits", logits, check_nan)
-    draw = _Draw(ops.softmax(logits, 1.0), indices, generator, seed, offset)
-    return draw.sample(None, logits.shape[1], return_valid=False)  # type: ignore[return-value]
+    draws = _draws(logits, indices, generator, seed, offset, logits.shape[1])
+    return ops.sample(logits, True, ops.Filters(), draws)[0]
 
 
 def sampling_from_probs(
@@ -173,7 +160,8 @@ def sampling_from_probs(
 ) -> Samples:
     """Draw tokens with probability `probs`."""
     _check_rows("probs", probs, check_nan)
-    return _Draw(probs, indices, generator, seed, offset).sample(None, 1, return_valid)
+    tokens, valid = ops.sample(probs, False, ops.Filters(), _draws(probs, indices, generator, seed, offset, 1))
+    return (tokens, valid) if return_valid else tokens
 
 
 def top_p_sampling_from_probs(
@@ -189,8 +177,10 @@ def top_p_sampling_from_probs(
 ) -> Samples:
     """Draw among the fewest most probable tokens that together hold top_p (nucleus sampling)."""
     _check_rows("probs", probs, check_nan)
-    keep = ops.keep_top_p(probs, _check_parameter("top_p", top_p, probs, 0, 1))
-    return _Draw(probs, indices, generator, seed, offset).sample(keep, PHILOX_STEPS, return_valid)
+    filters = ops.Filters(top_p=_check_parameter("top_p", top_p, probs, 0, 1))
+    draws = _draws(probs, indices, generator, seed, offset, PHILOX_STEPS)
+    tokens, valid = ops.sample(probs, False, filters, draws)
+    return (tokens, valid) if return_valid else tokens
 
 
 def top_k_sampling_from_probs(
@@ -206,8 +196,10 @@ def top_k_sampling_from_probs(
 ) -> Samples:
     """Draw among the top_k most probable tokens."""
     _check_rows("probs", probs, check_nan)
-    keep = ops.keep_top_k(probs, _top_k(top_k, probs))
-    return _Draw(probs, indices, generator, seed, offset).sample(keep, PHILOX_STEPS, return_valid)
+    filters = ops.Filters(top_k=_top_k(top_k, probs))
+    draws = _draws(probs, indices, generator, seed, offset, PHILOX_STEPS)
+    tokens, valid = ops.sample(probs, False, filters, draws)
+    return (tokens, valid) if return_valid else tokens
 
 
 def min_p_sampling_from_probs(
@@ -223,8 +215,9 @@ def min_p_sampling_from_probs(
 ) -> Samples:
     """Draw among the tokens at least min_p times as probable as the most probable one."""
     _check_rows("probs", probs, check_nan)
-    keep = ops.keep_min_p(probs, _check_parameter("min_p", min_p, probs, 0, 1))
-    return _Draw(probs, indices, generator, seed, offset).sample(keep, 1, return_valid)
+    filters = ops.Filters(min_p=_check_parameter("min_p", min_p, probs, 0, 1))
+    tokens, valid = ops.sample(probs, False, filters, _draws(probs, indices, generator, seed, offset, 1))
+    return (tokens, valid) if return_valid else tokens
 
 
 def top_k_top_p_sampling_from_probs(
@@ -245,11 +238,16 @@ def top_k_top_p_sampling_from_probs(
     filter_apply_order: "top_k_first" measures top_p on what top_k kept, "joint" on the whole row.
     """
     _check_rows("probs", probs, check_nan)
-    check.choice("filter_apply_order", filter_apply_order, FILTER_ORDERS)
-    keep = ops.keep_top_k(probs, _top_k(top_k, probs))
-    base = torch.where(keep, probs, 0.0) if filter_apply_order == "top_k_first" else probs
-    keep = keep & ops.keep_top_p(base, _check_parameter("top_p", top_p, probs, 0, 1))
-    return _Draw(probs, indices, generator, seed, offset).sample(keep, PHILOX_STEPS, return_valid)
+    filters = _both_filters(probs, top_k, top_p, filter_apply_order)
+    draws = _draws(probs, indices, generator, seed, offset, PHILOX_STEPS)
+    tokens, valid = ops.sample(probs, False, filters, draws)
+    return (tokens, valid) if return_valid else tokens
+
+
+def _both_filters(x: torch.Tensor, top_k: int | torch.Tensor, top_p: Parameter, order: str) -> ops.Filters:
+    check.choice("filter_apply_order", order, FILTER_ORDERS)
+    checked = (_top_k(top_k, x), _check_parameter("top_p", top_p, x, 0, 1))
+    return ops.Filters(*checked, joint=order == "joint")
 
 
 def top_k_top_p_sampling_from_logits(
@@ -266,34 +264,107 @@ def top_k_top_p_sampling_from_logits(
 ) -> torch.Tensor:
     """`top_k_top_p_sampling_from_probs` of `softmax(logits)`."""
     _check_rows("logits", logits, check_nan)
-    return top_k_top_p_sampling_from_probs(  # type: ignore[return-value]
-        ops.softmax(logits, 1.0),
-        top_k,
-        top_p,
-        indices,
-        filter_apply_order,
-        generator=generator,
-        seed=seed,
-        offset=offset,
-    )
+    filters = _both_filters(logits, top_k, top_p, filter_apply_order)
+    return ops.sample(logits, True, filters, _draws(logits, indices, generator, seed, offset, PHILOX_STEPS))[0]
 
 
 def top_p_renorm_probs(probs: torch.Tensor, top_p: Parameter, is_deterministic: bool = False) -> torch.Tensor:
     """probs with all but the fewest most probable tokens that hold top_p set to 0, rows summing to 1; dtype kept."""
     _check_rows("probs", probs)
-    return ops.renormalise(probs, ops.keep_top_p(probs, _check_parameter("top_p", top_p, probs, 0, 1)))
+    return ops.renormalise(probs, ops.Filters(top_p=_check_parameter("top_p", top_p, probs, 0, 1)))
 
 
 def top_k_renorm_probs(probs: torch.Tensor, top_k: int | torch.Tensor, is_deterministic: bool = False) -> torch.Tensor:
     """probs with all but the top_k most probable tokens set to 0, rows summing to 1; dtype kept."""
     _check_rows("probs", probs)
-    return ops.renormalise(probs, ops.keep_top_k(probs, _top_k(top_k, probs)))
+    return ops.renormalise(probs, ops.Filters(top_k=_top_k(top_k, probs)))
+
+
+def min_p_renorm_probs(probs: torch.Tensor, min_p: Parameter) -> torch.Tensor:
+    """probs with all below min_p times the largest set to 0, rows summing to 1; dtype kept. Not in FlashInfer."""
+    _check_rows("probs", probs)
+    return ops.renormalise(probs, ops.Filters(min_p=_check_parameter("min_p", min_p, probs, 0, 1)))
+
+
+def scale_logits(logits: torch.Tensor, temperature: Parameter) -> torch.Tensor:
+    """fp32 `logits / temperature`, shifted so that each row's largest is 0, which changes no softmax of them.
+
+    temperature: a number or `[batch_size]`; 0 is the limit: all but the largest become -inf. Not in FlashInfer.
+    """
+    _check_rows("logits", logits)
+    return ops.scale_logits(logits, _check_parameter("temperature", temperature, logits, 0, torch.inf))
 
 
 def top_k_mask_logits(logits: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
     """logits with all but the top_k largest set to -inf; dtype kept."""
     _check_rows("logits", logits)
-    return ops.mask_logits(logits, ops.keep_top_k(logits, _top_k(top_k, logits)))
+    return ops.mask_logits(logits, _top_k(top_k, logits))
+
+
+def chain_speculative_sampling(
+    draft_probs: torch.Tensor,
+    draft_token_ids: torch.Tensor,
+    target_probs: torch.Tensor,
+    maybe_output_accepted_token_num: torch.Tensor | None = None,
+    maybe_output_emitted_draft_token_num: torch.Tensor | None = None,
+    deterministic: bool = True,
+    generator: torch.Generator | None = None,
+    seed: Seed | None = None,
+    offset: Seed | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Accept drafted tokens one after the other, then draw one token more; all are distributed as the target's.
+
+    draft_probs `[batch_size, n, vocab_size]`, draft_token_ids int32 or int64 `[batch_size, n]`, target_probs
+    `[batch_size, n + 1, vocab_size]`. Returns (tokens `[batch_size, n + 1]`: the accepted ones, the drawn one, -1;
+    int32 `[batch_size]`: how many drafts would be accepted each for itself; how many were in a row). The last two are
+    added to the given tensors, if any (Leviathan et al., "Fast Inference from Transformers via Speculative Decoding").
+    """
+    check.tensor("target_probs", target_probs, dtypes=check.FLOAT_DTYPES, shape=(None, None, None))
+    batch_size, length, vocab_size = target_probs.shape
+    like = ("target_probs", target_probs)
+    shape = (batch_size, length - 1, vocab_size)
+    check.tensor("draft_probs", draft_probs, dtypes=check.FLOAT_DTYPES, shape=shape, like=like)
+    check.tensor("draft_token_ids", draft_token_ids, dtypes=INDEX_DTYPES, shape=shape[:2], like=like)
+    check.index_range("draft_token_ids", draft_token_ids, 0, vocab_size)
+    totals = (maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num)
+    for name, total in zip(("accepted_token_num", "emitted_draft_token_num"), totals, strict=True):
+        if total is not None:
+            check.tensor(f"maybe_output_{name}", total, dtypes=INDEX_DTYPES, shape=(batch_size,), like=like)
+    draws = _draws(target_probs[:, 0], None, generator, seed, offset, length)
+    inputs = (draft_probs.contiguous(), draft_token_ids.contiguous(), target_probs.contiguous())
+    tokens, *counts = ops.verify_chain(*inputs, draws)
+    accepted, emitted = (new if t is None else t.add_(new) for t, new in zip(totals, counts, strict=True))
+    return tokens, accepted, emitted
+
+
+def tree_speculative_sampling(
+    draft_token_ids: torch.Tensor,
+    first_child: torch.Tensor,
+    next_sibling: torch.Tensor,
+    target_probs: torch.Tensor,
+    generator: torch.Generator | None = None,
+    seed: Seed | None = None,
+    offset: Seed | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Verify trees of drafted tokens (Medusa, EAGLE); the tokens are distributed as the target's. Not in FlashInfer.
+
+    draft_token_ids, first_child, next_sibling: int32 or int64 `[batch_size, num_nodes]`: the nodes' tokens and links,
+    -1 for none. Node 0 is the root, whose token is certain; children have higher numbers than their parent and other
+    tokens than their siblings. target_probs `[batch_size, num_nodes, vocab_size]`: the target's probabilities after
+    each node, rows summing to 1. Returns (tokens `[batch_size, num_nodes]`: the accepted ones, the one drawn after
+    them, -1; accepted nodes int32 `[batch_size, num_nodes - 1]`, -1 after them; their number int32 `[batch_size]`).
+    """
+    check.tensor("target_probs", target_probs, dtypes=check.FLOAT_DTYPES, shape=(None, None, None))
+    shape, vocab_size = target_probs.shape[:2], target_probs.shape[2]
+    given = {"draft_token_ids": draft_token_ids, "first_child": first_child, "next_sibling": next_sibling}
+    for name, x in given.items():
+        check.tensor(name, x, dtypes=INDEX_DTYPES, shape=shape, like=("target_probs", target_probs))
+    check.index_range("draft_token_ids", draft_token_ids[:, 1:], 0, vocab_size)
+    check.index_range("first_child", first_child, -1, shape[1])
+    check.index_range("next_sibling", next_sibling, -1, shape[1])
+    draws = _draws(target_probs[:, 0], None, generator, seed, offset, shape[1])
+    tree = ops.Tree(*(x.contiguous() for x in given.values()))
+    return ops.verify_tree(tree, target_probs.contiguous(), draws)
 
 
 top_p_renorm_prob = top_p_renorm_probs

@@ -251,7 +251,28 @@ def codes() -> None:
     compare("concat_mla_k", k, torch.cat([k_nope, k_rope.expand(-1, 3, -1)], -1).double())
 
 
+def sampling() -> None:
+    """Odd rows off 16 bytes: what is held and what is left open, thresholds, selections, drafts."""
+    logits = (torch.randn(5, 9008, device=DEVICE) * 2)[:, 7:]
+    probs, greedy = flashinfer.softmax(logits), logits.double().argmax(-1)
+    compare("softmax", probs, logits.double().softmax(-1))
+    compare("top_p_renorm_probs", flashinfer.top_p_renorm_probs(probs, 0.999999), probs.double())
+    compare("top_k_renorm_probs", flashinfer.top_k_renorm_probs(probs, 8000).sum(-1), probs.new_ones(5).double())
+    compare("top_k", flashinfer.top_k(logits, 700)[0].sort().values, logits.double().topk(700).values.flip(-1))
+    compare("top_k = 1", flashinfer.top_k_top_p_sampling_from_logits(logits, 1, 0.5), greedy.double())
+    for tokens in (
+        flashinfer.sampling_from_logits(logits),
+        flashinfer.top_p_sampling_from_probs(probs, 0.98),
+        flashinfer.top_k_top_p_sampling_from_probs(probs, 5000, 0.9),
+        flashinfer.min_p_sampling_from_probs(probs, 1e-3),
+    ):
+        assert ((tokens >= 0) & (tokens < 9001)).all()
+    rows = probs[:, None].expand(5, 3, 9001)
+    accepted = flashinfer.chain_speculative_sampling(rows[:, :2], greedy[:, None].expand(5, 2), rows)[2]
+    compare("chain_speculative_sampling", accepted, accepted.new_full((5,), 2).double())
+
+
 if __name__ == "__main__":
-    cases = (decode, prefill_paged, prefill_ragged, prefill_hopper, merge, norms, activations, rope, pages, codes)
-    for case in cases:
+    small = (norms, activations, rope, pages, codes, sampling)
+    for case in (decode, prefill_paged, prefill_ragged, prefill_hopper, merge, *small):
         case()  # comparing reads the result, so it waits for the device

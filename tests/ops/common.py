@@ -46,14 +46,16 @@ def skip_unless_runs(backend: str, *dtypes: torch.dtype) -> None:
         pytest.skip("the interpreter does not round to bf16")
 
 
-def captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """`run` warmed up on a side stream, then captured."""
+def captured(run: Callable[[], object], *generators: torch.Generator) -> torch.cuda.CUDAGraph:
+    """`run` warmed up on a side stream, then captured; generators: those it draws from besides the default one."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         run()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
     with torch.cuda.graph(graph):
         run()
     return graph

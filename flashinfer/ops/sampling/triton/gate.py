@@ -1,0 +1,103 @@
+"""What the offline compile gate compiles of this folder: the launches of each call, recorded on empty tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from flashinfer.core.launch import Prebound
+from flashinfer.ops.sampling.spec import Draws, Filters, Selection, Tree
+from flashinfer.ops.sampling.triton import choose, launch
+from flashinfer.testing.gate import ALL_ARCHS, Constant, GateCase, Typed, case_of
+
+VOCAB = 128256
+Call = Callable[[], object]
+
+
+class Launched(NamedTuple):
+    """One launch that was not made."""
+
+    kernel: Any
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+def record(call: Call) -> list[Launched]:
+    """The launches `call` would make."""
+    seen: list[Launched] = []
+    original = Prebound.__call__
+
+    def note(self: Prebound, grid: object, key: object, args: tuple[Any, ...], device: object, **options: Any) -> None:
+        seen.append(Launched(self.kernel, args, options))
+
+    Prebound.__call__ = note  # type: ignore[assignment]
+    try:
+        call()
+    finally:
+        Prebound.__call__ = original  # type: ignore[method-assign]
+    return seen
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def everywhere() -> Iterator[tuple[str, Call]]:
+    """Calls that launch every kernel; of a kernel with branches chosen at compile time, the form that has the most."""
+    probs, half = _empty(16, VOCAB), _empty(16, VOCAB, dtype=torch.bfloat16)
+    k, p = _empty(16, dtype=torch.int32), _empty(16)
+    draws, tokens = Draws(_empty(1, dtype=torch.int64), 0, 16), _empty(16, 5, dtype=torch.int32)
+    yield "top_k_top_p", lambda: launch.sample(half, True, Filters(k, p), draws)
+    yield "softmax", lambda: launch.softmax(_empty(2, VOCAB), p)
+    yield "softmax_rows", lambda: launch.softmax(_empty(512, VOCAB, dtype=torch.bfloat16), 0.7)
+    yield "top_p_renorm", lambda: launch.renormalise(probs, Filters(top_p=p))
+    yield "select", lambda: choose.select(half, Selection(512, 2, False, k, k))
+    target = _empty(16, 5, VOCAB)
+    yield "chain", lambda: choose.verify_chain(_empty(16, 4, VOCAB), tokens[:, :4], target, draws)
+    yield "tree", lambda: choose.verify_tree(Tree(tokens, tokens, tokens), target, Draws(5, 6, 16))
+
+
+def on_hopper() -> Iterator[tuple[str, Call]]:
+    """The other forms: each filter, probs and logits, odd rows, values and tensors; sixteen warps that select.
+
+    These would be 1024 lanes on AMD, where the selection then spills.
+    """
+    probs, half = _empty(16, VOCAB), _empty(16, VOCAB, dtype=torch.bfloat16)
+    odd = _empty(16, 50257, dtype=torch.float16)
+    p, k = _empty(16), _empty(16, dtype=torch.int32)
+    chosen = Draws(5, 6, 40, _empty(40, dtype=torch.int64))
+    yield "from_logits", lambda: launch.sample(half, True, Filters(), chosen)
+    yield "top_p", lambda: launch.sample(probs, False, Filters(top_p=0.9), chosen)
+    # What top_k alone compiles is a part of what top_k and top_p do.
+    yield "min_p", lambda: launch.sample(probs, False, Filters(min_p=p), Draws(5, 6, 16))
+    yield "joint", lambda: launch.sample(odd, False, Filters(50, p, joint=True), Draws(5, 6, 16))
+    yield "min_p_renorm", lambda: launch.renormalise(probs, Filters(min_p=p))
+    yield "top_k_renorm", lambda: launch.renormalise(half, Filters(top_k=50))
+    yield "top_k_mask", lambda: launch.mask_logits(half, k)
+    yield "select_2048", lambda: choose.select(half, Selection(2048))
+
+
+def cases() -> Iterator[GateCase]:
+    """Every kernel for every architecture, and for the one it is tuned on in each form in which it is launched."""
+    seen = set()
+    for calls, archs in ((everywhere(), ALL_ARCHS), (on_hopper(), ("sm90",))):
+        for name, call in calls:
+            for launched in record(call):
+                case = _case(f"sampling.{name}.{launched.kernel.__name__}", launched, archs)
+                form = repr((launched.kernel.__name__, case.signature, case.constexprs, case.attrs, case.options))
+                if form not in seen:
+                    seen.add(form)
+                    yield case
+
+
+def _case(name: str, launched: Launched, archs: tuple[str, ...]) -> GateCase:
+    def spelled(parameter: Any, value: Any) -> Any:
+        if parameter.is_constexpr:
+            return Constant(value)
+        return Typed("i32") if parameter.do_not_specialize and isinstance(value, int) else value
+
+    pairs = zip(launched.kernel.params, launched.arguments, strict=True)
+    arguments = {parameter.name: spelled(parameter, value) for parameter, value in pairs}
+    return case_of(name, launched.kernel, arguments, archs=archs, options=launched.options)

@@ -1,0 +1,367 @@
+"""Launches: cuts of rows into programs, scratch memory, prebound kernels. No host sync; scratch lives for one call."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import NamedTuple
+
+import torch
+import triton
+
+from flashinfer.core.arch import arch_of
+from flashinfer.core.launch import Prebound, alignment
+from flashinfer.ops.sampling.spec import Draws, Filters, Parameter
+from flashinfer.ops.sampling.triton.draw import draw_kernel, group_stats_kernel
+from flashinfer.ops.sampling.triton.filter import filter_kernel
+from flashinfer.ops.sampling.triton.resolve import resolve_kernel
+from flashinfer.ops.sampling.triton.rows import NO_RESIDUAL, STATS_WARPS, VECTOR_BYTES, Cut, Keys, Residual, cut_of
+from flashinfer.ops.sampling.triton.softmax import softmax_rows_kernel, softmax_state_kernel, softmax_write_kernel
+from flashinfer.ops.sampling.triton.threshold import apply_kernel, collect_kernel, settle_kernel, threshold_kernel
+
+SCAN = 2048
+# More makes the kernel that also draws spill registers on sm_120.
+FILTER_SCAN = 1024
+# What the sixteen warps of a program that resolves open rows read at a time: half where rows begin off 16 bytes.
+RESOLVE_SCAN = 4096
+# Tokens that are collected of a row to find top_p's threshold among.
+FOUND = 8192
+SEARCH_FIELDS = 8
+STATE_FIELDS = 8
+# Two programs of eight warps a multiprocessor. Stated, since ptxas would else spill a few bytes to fit a third.
+REGISTERS = {"maxnreg": 128}
+SOFTMAX_TILE = 4096
+# Of a row that one program does: what stays in its registers (32 of 128 a thread), and what is read at a time.
+SOFTMAX_HELD = 16384
+SOFTMAX_ROW_TILE = 4096
+SOFTMAX_STAGES = 4
+APPLY_TILE = 4096
+
+_stats = Prebound(group_stats_kernel)
+_draw = Prebound(draw_kernel)
+_filter = Prebound(filter_kernel)
+_resolve = Prebound(resolve_kernel)
+_softmax_rows = Prebound(softmax_rows_kernel)
+_softmax_state = Prebound(softmax_state_kernel)
+_softmax_write = Prebound(softmax_write_kernel)
+_threshold = Prebound(threshold_kernel)
+_collect = Prebound(collect_kernel)
+_settle = Prebound(settle_kernel)
+_apply = Prebound(apply_kernel)
+
+
+class Random(NamedTuple):
+    """The kernels' arguments for random numbers: the ints of a launch as 32-bit halves, so that their type is one."""
+
+    keys: Keys
+    seed_low: int
+    seed_high: int
+    offset_low: int
+    offset_high: int
+
+    @property
+    def key(self) -> Hashable:
+        seed, offset = self.keys.seed, self.keys.offset
+        return seed is None, offset is None, self.keys.seed_stride, self.keys.offset_stride, alignment(seed, offset)
+
+
+def _halves(value: Parameter) -> tuple[int, int]:
+    if isinstance(value, torch.Tensor):
+        return 0, 0
+    bits = int(value) & (2**64 - 1)
+    return tuple(half - 2**32 if half >> 31 else half for half in (bits & (2**32 - 1), bits >> 32))  # type: ignore
+
+
+def random_of(draws: Draws) -> Random:
+    """The arguments for these draws."""
+    seed, offset = (x if isinstance(x, torch.Tensor) else None for x in (draws.seed, draws.offset))
+    strides = (int(x is not None and x.numel() > 1) for x in (seed, offset))
+    return Random(Keys(seed, offset, *strides), *_halves(draws.seed), *_halves(draws.offset))
+
+
+def splits_of(rows: int, tiles: int, programs: int) -> tuple[int, int]:
+    """(splits of a row, tiles of a split), so that there are about `programs` in all and no split is empty."""
+    wanted = max(1, min(tiles, -(-programs // rows)))
+    per_split = -(-tiles // wanted)
+    return -(-tiles // per_split), per_split
+
+
+def tiles_of(vocab_size: int, cut: Cut) -> int:
+    return -(-vocab_size // cut.tile)
+
+
+class Stats(NamedTuple):
+    """Statistics of groups, fp32 `[entries, cut.groups]` or None, and how many groups a row has."""
+
+    group_max: torch.Tensor | None
+    group_sum: torch.Tensor | None
+    num_groups: int
+
+
+def group_stats(
+    x: torch.Tensor,
+    cut: Cut,
+    logits: bool,
+    wanted: tuple[bool, bool],
+    rows: torch.Tensor | None = None,
+    residual: Residual = NO_RESIDUAL,
+) -> Stats:
+    """Statistics of each row of `x`, or of the rows `rows`; wanted: maxima, sums."""
+    entries, vocab_size = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
+    tiles = tiles_of(vocab_size, cut)
+    splits, per_split = splits_of(entries, tiles, 16 * arch_of(x.device).num_sms)
+    high, total = (x.new_empty((entries, cut.groups), dtype=torch.float32) if want else None for want in wanted)
+    parts = tuple(residual)
+    pointers = [p for p in parts if not isinstance(p, int)]
+    key = (x.dtype, x.stride(0), vocab_size, logits, wanted, cut, alignment(x, rows, *pointers), _kinds(rows, *parts))
+    _stats(
+        (entries * splits, 1, 1),
+        key,
+        (x, rows, residual, high, total, x.stride(0), vocab_size, splits, per_split, logits, cut),
+        x.device,
+        num_warps=STATS_WARPS,
+        **(REGISTERS if residual is NO_RESIDUAL else {}),
+    )
+    return Stats(high, total, tiles * cut.tile_groups)
+
+
+def _kinds(*arguments: torch.Tensor | int | None) -> Hashable:
+    """What Triton specialises these for."""
+    return tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in arguments)
+
+
+class Places(NamedTuple):
+    """Where draws come from and go to.
+
+    rows: `[n]`, the row each is of; None: its number. residual: what is taken off that row. tokens: `[n]`, or
+    `[n, length]` with place int32 `[n]`: which of its row gets the token.
+    """
+
+    rows: torch.Tensor | None
+    residual: Residual
+    tokens: torch.Tensor
+    place: torch.Tensor | None
+
+
+def draw(x: torch.Tensor, logits: bool, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token for each sample by its weight alone."""
+    cut = cut_of(x.shape[1], x.element_size())
+    per_sample = draws.indices is None or draws.num_samples <= x.shape[0]
+    stats = group_stats(x, cut, logits, (logits, True), draws.indices if per_sample else None)
+    tokens, valid = _outputs(x, draws)
+    _launch_draw(x, logits, draws, stats, per_sample, Places(draws.indices, NO_RESIDUAL, tokens, None), valid)
+    return tokens, valid
+
+
+def draw_into(x: torch.Tensor, draws: Draws, places: Places) -> None:
+    """One token for each sample by its weight among probs `x`, less the residual."""
+    stats = group_stats(x, cut_of(x.shape[1], x.element_size()), False, (False, True), places.rows, places.residual)
+    _launch_draw(x, False, draws, stats, True, places, None)
+
+
+def _launch_draw(
+    x: torch.Tensor,
+    logits: bool,
+    draws: Draws,
+    stats: Stats,
+    per_sample: bool,
+    places: Places,
+    valid: torch.Tensor | None,
+) -> None:
+    cut, random = cut_of(x.shape[1], x.element_size()), random_of(draws)
+    rows, residual, tokens, place = places
+    parts = tuple(residual)
+    pointers = [p for p in parts if not isinstance(p, int)]
+    key = (x.dtype, x.stride(0), x.shape[1], logits, per_sample, cut, random.key, tokens.dtype)
+    key = (*key, alignment(x, rows, place, *pointers), _kinds(rows, place, *parts))
+    _draw(
+        (draws.num_samples, 1, 1),
+        key,
+        (
+            *(x, rows, residual, stats.group_max, stats.group_sum, *random, tokens, place, tokens.stride(0)),
+            *(None if valid is None else valid.view(torch.int8), x.stride(0), x.shape[1], stats.num_groups),
+            *(per_sample, logits, cut),
+        ),
+        x.device,
+        num_warps=cut.num_warps,
+    )
+
+
+def _outputs(x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.int32 if draws.indices is None else draws.indices.dtype
+    return x.new_empty(draws.num_samples, dtype=dtype), x.new_empty(draws.num_samples, dtype=torch.bool)
+
+
+def _kind_of(filters: Filters) -> str:
+    if filters.min_p is not None:
+        return "min_p"
+    if filters.top_p is None:
+        return "k"
+    if filters.top_k is None:
+        return "p"
+    return "joint" if filters.joint else "kp"
+
+
+def pointer_and_value(parameter: Parameter | None, off: float, largest: int | None = None) -> tuple[object, float]:
+    """(tensor, `off`) or (None, number): whole numbers at most `largest`, so that they are of one type."""
+    if isinstance(parameter, torch.Tensor):
+        return parameter, off
+    number = off if parameter is None else parameter
+    return None, int(min(number, largest)) if largest is not None else float(number)
+
+
+def _scratch(x: torch.Tensor, cut: Cut, n: int) -> tuple[torch.Tensor, ...]:
+    return (
+        x.new_empty((n, cut.groups), dtype=torch.int32),
+        x.new_empty((n, cut.candidates), dtype=torch.float32),
+        x.new_empty((n, cut.candidates), dtype=torch.int32),
+    )
+
+
+def sample(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token for each sample among those that pass the filters; see `flashinfer.ops.sampling.sample`."""
+    if filters.top_k is None and filters.top_p is None and filters.min_p is None:
+        return draw(x, logits, draws)
+    num_samples, vocab_size, rows = draws.num_samples, x.shape[1], draws.indices
+    cut = cut_of(vocab_size, x.element_size())
+    per_sample = rows is None or num_samples <= x.shape[0]
+    stats = group_stats(x, cut, logits, (True, True), rows if per_sample else None)
+    tokens, valid = _outputs(x, draws)
+    floats = x.new_empty((num_samples, STATE_FIELDS), dtype=torch.float32)
+    ints = x.new_empty((num_samples, STATE_FIELDS), dtype=torch.int32)
+    random, kind = random_of(draws), _kind_of(filters)
+    top_k = pointer_and_value(filters.top_k, vocab_size, vocab_size)
+    top_p = pointer_and_value(filters.min_p if kind == "min_p" else filters.top_p, 1.0)
+    key = (x.dtype, x.stride(0), vocab_size, logits, cut, random.key, tokens.dtype, alignment(x, rows))
+    filter_key = (key, kind, per_sample, _kinds(rows, top_k[0], top_p[0]), alignment(top_k[0], top_p[0]))  # type: ignore
+    _filter(
+        (num_samples, 1, 1),
+        filter_key,
+        (
+            *(x, rows, stats.group_max, stats.group_sum, *random, *top_k, *top_p),
+            *((*_scratch(x, cut, num_samples), floats, ints), tokens, valid.view(torch.int8)),
+            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut, FILTER_SCAN),
+        ),
+        x.device,
+        num_warps=cut.num_warps,
+        **REGISTERS,
+    )
+    limited = kind in ("p", "kp", "joint")
+    scan = RESOLVE_SCAN if x.stride(0) * x.element_size() % VECTOR_BYTES == 0 else RESOLVE_SCAN // 2
+    tiles = triton.cdiv(vocab_size, scan)
+    splits, per_split = splits_of(num_samples, tiles, 2 * arch_of(x.device).num_sms) if limited else (1, tiles)
+    partial = x.new_empty((num_samples, splits, 4), dtype=torch.float32) if limited else None
+    block = triton.next_power_of_2(splits)
+    _resolve(
+        (num_samples * splits, 1, 1),
+        (key, limited, block, None if rows is None else rows.dtype),
+        (
+            *(x, rows, *random, (floats, ints), partial, tokens, x.stride(0), vocab_size, splits, per_split),
+            *(limited, block, logits, scan),
+        ),
+        x.device,
+        num_warps=16,
+        **REGISTERS,
+    )
+    return tokens, valid
+
+
+def softmax(logits: torch.Tensor, temperature: Parameter) -> torch.Tensor:
+    """fp32 softmax; one program a row once there are rows enough for every multiprocessor."""
+    num_rows, vocab_size = logits.shape
+    out = logits.new_empty((num_rows, vocab_size), dtype=torch.float32)
+    if num_rows == 0:
+        return out
+    pointer, value = pointer_and_value(temperature, 1.0)
+    key = (logits.dtype, logits.stride(0), vocab_size, _kinds(pointer), alignment(logits, pointer))  # type: ignore
+    sizes = (pointer, value, logits.stride(0), vocab_size)
+    num_sms = arch_of(logits.device).num_sms
+    if num_rows >= num_sms:
+        arguments = (logits, out, *sizes, SOFTMAX_HELD, SOFTMAX_ROW_TILE, SOFTMAX_STAGES)
+        _softmax_rows((num_rows, 1, 1), key, arguments, logits.device, num_warps=16, **REGISTERS)
+        return out
+    tiles = triton.cdiv(vocab_size, SOFTMAX_TILE)
+    splits, per_split = splits_of(num_rows, tiles, 4 * num_sms)
+    state = logits.new_empty((num_rows, splits, 2), dtype=torch.float32)
+    arguments = (logits, state, *sizes, splits, per_split, SOFTMAX_TILE)
+    _softmax_state((num_rows * splits, 1, 1), key, arguments, logits.device, num_warps=8)
+    block = triton.next_power_of_2(splits)
+    arguments = (logits, out, state, *sizes, splits, tiles, block, SOFTMAX_TILE)
+    _softmax_write((num_rows * tiles, 1, 1), (key, block), arguments, logits.device, num_warps=8)
+    return out
+
+
+class Thresholds(NamedTuple):
+    """For each row the key from which on numbers are kept (int32), and their weight (fp32)."""
+
+    floors: torch.Tensor
+    weights: torch.Tensor
+
+
+def _apply_thresholds(x: torch.Tensor, found: Thresholds, logits: bool) -> torch.Tensor:
+    num_rows, vocab_size = x.shape
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    tiles = triton.cdiv(vocab_size, APPLY_TILE)
+    key = (x.dtype, x.stride(0), vocab_size, logits, alignment(x))
+    arguments = (x, out, *found, x.stride(0), vocab_size, tiles, logits, APPLY_TILE)
+    _apply((num_rows * tiles, 1, 1), key, arguments, x.device, num_warps=8)
+    return out
+
+
+def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool) -> Thresholds:
+    """kind: "k", "p" or "min_p", which `parameter` is."""
+    top_k = kind == "k"
+    num_rows, vocab_size = x.shape
+    cut = cut_of(vocab_size, x.element_size())
+    stats = group_stats(x, cut, logits, (True, not logits))
+    found = Thresholds(x.new_empty(num_rows, dtype=torch.int32), x.new_empty(num_rows, dtype=torch.float32))
+    scratch = _scratch(x, cut, num_rows)
+    search = None
+    if kind == "p":
+        search = (x.new_empty((num_rows, SEARCH_FIELDS), dtype=torch.int32), x.new_empty(num_rows, dtype=torch.float32))
+    pointer, value = pointer_and_value(parameter, vocab_size if top_k else 1.0, vocab_size if top_k else None)
+    key = (x.dtype, x.stride(0), vocab_size, logits, cut, alignment(x))
+    _threshold(
+        (num_rows, 1, 1),
+        (key, kind, _kinds(pointer), alignment(pointer)),  # type: ignore
+        (
+            *(x, stats.group_max, stats.group_sum, pointer, value, scratch, *found, search),
+            *(x.stride(0), vocab_size, stats.num_groups, kind, logits, cut, SCAN),
+        ),
+        x.device,
+        num_warps=cut.num_warps,
+        **REGISTERS,
+    )
+    if search is None:
+        return found
+    _search(x, search, found)
+    return found
+
+
+def _search(x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds) -> None:
+    """Find top_p's threshold in open rows; each is cut into a power of two parts, or into all its tiles."""
+    num_rows, vocab_size = x.shape
+    tiles = triton.cdiv(vocab_size, SCAN)
+    wanted = max(1, 4 * arch_of(x.device).num_sms // num_rows)
+    splits, per_split = splits_of(1, tiles, 1 << (wanted.bit_length() - 1))
+    block = triton.next_power_of_2(splits)
+    collected = x.new_empty((num_rows, FOUND), dtype=torch.float32)
+    sums = x.new_empty((num_rows, 3, block), dtype=torch.float32)
+    key = (x.dtype, x.stride(0), vocab_size, block, alignment(x))
+    sizes = (x.stride(0), vocab_size, splits, per_split, block, FOUND, False, SCAN)
+    arguments: tuple[object, ...] = (x, search, collected, sums, *found, *sizes)
+    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=16, **REGISTERS)
+    arguments = (x, *found, search, x.stride(0), vocab_size, False, SCAN)
+    _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=8, **REGISTERS)
+
+
+def renormalise(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
+    """probs that pass the one filter divided by their sum, 0 elsewhere; in probs' dtype."""
+    kind = _kind_of(filters)
+    parameter = {"k": filters.top_k, "p": filters.top_p, "min_p": filters.min_p}[kind]
+    assert parameter is not None
+    return _apply_thresholds(probs, _thresholds(probs, kind, parameter, logits=False), logits=False)
+
+
+def mask_logits(logits: torch.Tensor, top_k: Parameter) -> torch.Tensor:
+    """logits that are among the top_k largest, -inf elsewhere."""
+    return _apply_thresholds(logits, _thresholds(logits, "k", top_k, logits=True), logits=True)

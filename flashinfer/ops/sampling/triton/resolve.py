@@ -1,0 +1,163 @@
+"""Draws for the rows that `filter_kernel` left open: those whose nucleus is too wide to be held at hand."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from flashinfer.ops.sampling.triton.filter import MAX_ROUNDS, NUM_PIVOTS, scan_weight
+from flashinfer.ops.sampling.triton.rows import (
+    NO_KEY,
+    TOP_KEY,
+    pick,
+    random_words,
+    read,
+    sort_key,
+    uniform_narrow,
+    weight_of,
+)
+
+OPEN_DRAW = tl.constexpr(128)
+
+
+@triton.jit
+def draw_above(x, vocab, shift, low, total, u, v, LOGITS: tl.constexpr, SCAN: tl.constexpr):
+    """(token, its key) drawn by weight from those with keys at or above `low`, which weigh `total`: one read."""
+    offs_scan = tl.arange(0, SCAN)
+    running = tl.full((), 0.0, tl.float32)
+    found = tl.full((), -1, tl.int32)
+    last = tl.full((), 0, tl.int32)
+    for begin in range(0, vocab, SCAN):
+        x_tile = read(x, begin + offs_scan, vocab, LOGITS)
+        share = tl.sum(tl.where(sort_key(x_tile) >= low, weight_of(x_tile, shift, LOGITS), 0.0), 0)
+        running += share
+        if share > 0:
+            last = begin
+            if (found < 0) & (running > u * total):
+                found = begin
+    begin = tl.where(found < 0, last, found)
+    x_tile = read(x, begin + offs_scan, vocab, LOGITS)
+    key = sort_key(x_tile)
+    at = pick(tl.where(key >= low, weight_of(x_tile, shift, LOGITS), 0.0), offs_scan, v)
+    return begin + at, tl.max(tl.where(offs_scan == at, key, NO_KEY), 0)
+
+
+@triton.jit
+def draw_by_scans(x, vocab, shift, peak, low, total, limit, random, sample, LOGITS: tl.constexpr, SCAN: tl.constexpr):
+    """A token by rejection over the row itself, two reads a round; after 64 rounds the heaviest.
+
+    total: weight of the tokens with keys at or above `low`; negative if it is not known.
+    """
+    keys, seed_low, seed_high, offset_low, offset_high = random
+    if total < 0:
+        total = scan_weight(x, vocab, shift, low, LOGITS, SCAN)
+    token = tl.full((), 0, tl.int32)
+    searching = tl.full((), 1, tl.int32)
+    rounds = tl.full((), 0, tl.int32)
+    while searching != 0:
+        draw = tl.full([1], OPEN_DRAW, tl.int32) + rounds
+        a, b, _c, _d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
+        u = tl.sum(uniform_narrow(a), 0)
+        v = tl.sum(uniform_narrow(b), 0)
+        token, key = draw_above(x, vocab, shift, low, total, u, v, LOGITS, SCAN)
+        rounds += 1
+        if limit == float("inf"):
+            searching = 0
+        else:
+            mass = scan_weight(x, vocab, shift, key + 1, LOGITS, SCAN)
+            if (mass < limit) | (mass <= 0) | (mass != mass):
+                searching = 0
+            elif rounds >= MAX_ROUNDS:
+                token, key = draw_above(x, vocab, shift, sort_key(peak), total, 0.0, 0.0, LOGITS, SCAN)
+                searching = 0
+            else:
+                low = key + 1
+                total = mass
+    return token
+
+
+@triton.jit
+def pivot_masses(x, vocab, shift, pivots, split, tiles_per_split, LOGITS: tl.constexpr, SCAN: tl.constexpr):
+    """Weight above each of the four pivots in this split's tiles."""
+    heavier = tl.zeros([NUM_PIVOTS, SCAN], tl.float32)
+    for i in range(tiles_per_split):
+        offs = (split * tiles_per_split + i) * SCAN + tl.arange(0, SCAN)
+        v = read(x, offs, vocab, LOGITS)
+        heavier += tl.where(v[None, :] > pivots[:, None], weight_of(v, shift, LOGITS)[None, :], 0.0)
+    return tl.sum(heavier, 1)
+
+
+@triton.jit(do_not_specialize=["seed_low", "seed_high", "offset_low", "offset_high", "num_splits", "tiles_per_split"])
+def resolve_kernel(
+    x,
+    rows,
+    keys,
+    seed_low,
+    seed_high,
+    offset_low,
+    offset_high,
+    state,
+    partial,
+    tokens,
+    stride,
+    vocab,
+    num_splits,
+    tiles_per_split,
+    LIMITED: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LOGITS: tl.constexpr,
+    SCAN: tl.constexpr,
+):
+    """Grid: samples * num_splits; programs of samples that are not open leave at once.
+
+    The splits of a row sum what weighs more than each pivot; the last one to arrive takes the first pivot that passes,
+    or goes on alone. state: floats and ints of `filter_kernel`; partial: fp32 `[samples, num_splits, 4]`. SPLITS:
+    num_splits rounded up to 2^n.
+    """
+    sample = tl.program_id(0) // num_splits
+    split = tl.program_id(0) % num_splits
+    floats = state[0] + sample.to(tl.int64) * 8
+    ints = state[1] + sample.to(tl.int64) * 8
+    if tl.load(ints + 5) != 0:
+        row = sample
+        if rows is not None:
+            row = tl.load(rows + sample).to(tl.int32)
+        x += row.to(tl.int64) * stride
+        order = tl.arange(0, NUM_PIVOTS)
+        pivots = tl.load(floats + order)
+        limit = tl.load(floats + 4)
+        shift = tl.load(floats + 5)
+        floor = tl.load(ints + 4)
+        masses = tl.zeros([NUM_PIVOTS], tl.float32)
+        last = split == 0
+        if LIMITED:
+            # Where nothing limits the weight, all pivots lay below the floor: nothing to sum.
+            limited = limit != float("inf")
+            if limited:
+                mine = pivot_masses(x, vocab, shift, pivots, split, tiles_per_split, LOGITS, SCAN)
+                target = partial + (sample.to(tl.int64) * num_splits + split) * NUM_PIVOTS
+                tl.store(target + order, mine)
+                tl.debug_barrier()
+                last = tl.atomic_add(ints + 6, 1, sem="acq_rel", scope="gpu") == num_splits - 1
+                tl.debug_barrier()
+                if last:
+                    splits = tl.arange(0, SPLITS)
+                    offs = (sample.to(tl.int64) * num_splits + splits[:, None]) * NUM_PIVOTS + order[None, :]
+                    parts = tl.load(
+                        partial + offs, mask=(splits < num_splits)[:, None], other=0.0, cache_modifier=".cg"
+                    )
+                    masses = tl.sum(parts, 0)
+        if last:
+            key = sort_key(pivots)
+            light = (masses < limit) | (masses <= 0)
+            first = tl.min(tl.where((key >= floor) & light, order, NUM_PIVOTS), 0)
+            if first < NUM_PIVOTS:
+                token = tl.load(ints + first)
+            else:
+                above = tl.max(tl.where(light, NO_KEY, tl.minimum(key, TOP_KEY - 1) + 1), 0)
+                low = tl.maximum(floor, above)
+                total = tl.where(above >= floor, tl.min(tl.where(light, float("inf"), masses), 0), -1.0)
+                random = (keys, seed_low, seed_high, offset_low, offset_high)
+                peak = tl.load(floats + 6)
+                token = draw_by_scans(x, vocab, shift, peak, low, total, limit, random, sample, LOGITS, SCAN)
+            tl.store(tokens + sample, token.to(tokens.dtype.element_ty))
