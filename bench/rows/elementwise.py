@@ -199,8 +199,8 @@ def _rope_reference(t: Tensors) -> torch.Tensor:
 def _append_tensors(heads: tuple[int, int], tokens: int, normal: Callable[..., torch.Tensor]) -> Tensors:
     """heads: (num_kv_heads, head_dim). One request; `out` is a view of the K cache, the rows of the tokens."""
     pages = -(-tokens // PAGE_SIZE)
-    caches = {name: normal(pages * PAGE_SIZE, *heads) for name in ("k_cache", "v_cache")}
-    caches["out"] = caches["k_cache"][:tokens]
+    caches = {name: normal(pages, PAGE_SIZE, *heads) for name in ("k_cache", "v_cache")}
+    caches["out"] = caches["k_cache"].flatten(0, 1)[:tokens]
     rows = {name: normal(tokens, *heads) for name in ("key", "value")}
     count = partial(torch.arange, device=rows["key"].device, dtype=torch.int32)
     where = {"batch_indices": count(tokens) * 0, "positions": count(tokens), "kv_indices": count(pages)}
@@ -208,7 +208,7 @@ def _append_tensors(heads: tuple[int, int], tokens: int, normal: Callable[..., t
 
 
 def _append(t: Tensors) -> None:
-    caches = tuple(t[name].unflatten(0, (-1, PAGE_SIZE)) for name in ("k_cache", "v_cache"))
+    caches = (t["k_cache"], t["v_cache"])
     where = (t["batch_indices"], t["positions"])
     table = (t["kv_indices"], t["kv_indptr"], t["kv_last_page_len"])
     flashinfer.append_paged_kv_cache(t["key"], t["value"], *where, caches, *table)

@@ -96,20 +96,24 @@ def _aligned(types: tuple[Any, ...], prefix: tuple[int, ...] = ()) -> dict[tuple
 
 
 def cases() -> Iterator[GateCase]:
-    """Every kind of call; those to fp8 with the instruction where there is one."""
+    """Every kind of call; those to fp8 with the instruction where there is one. Small tiles for one architecture."""
     for problem in PROBLEMS:
-        types = _types(problem)
         fp8 = problem.out_dtype is not None
-        for archs in (FP8_ARCHS, OTHER_ARCHS) if fp8 else (ALL_ARCHS,):
-            example = Arch("sm90" if archs is FP8_ARCHS else "sm80", 132, 0)
-            cfg, _ = configure(problem.spec, example)
-            suffix = ".native" if archs is FP8_ARCHS else ""
-            yield GateCase(
-                name=f"rope_{problem.name}{suffix}",
-                kernel=rope_kernel,
-                signature=types,
-                constexprs={**_absent(types), "cfg": cfg},
-                attrs={**_aligned(tuple(types.values())), TABLE_STRIDE: [["tt.divisibility", 16]]},
-                options={"num_warps": NUM_WARPS},
-                archs=archs,
-            )
+        yield _case(problem, "sm90" if fp8 else "sm80", FP8_ARCHS if fp8 else ALL_ARCHS, ".native" if fp8 else "")
+        yield _case(problem, "sm90", ("sm90",), ".few", few=True)
+        if fp8:
+            yield _case(problem, "sm80", OTHER_ARCHS, "")
+
+
+def _case(problem: Problem, example: str, archs: tuple[str, ...], suffix: str, few: bool = False) -> GateCase:
+    types = _types(problem)
+    cfg, _ = configure(problem.spec, Arch(example, 132, 0), few)
+    return GateCase(
+        name=f"rope_{problem.name}{suffix}",
+        kernel=rope_kernel,
+        signature=types,
+        constexprs={**_absent(types), "cfg": cfg},
+        attrs={**_aligned(tuple(types.values())), TABLE_STRIDE: [["tt.divisibility", 16]]},
+        options={"num_warps": NUM_WARPS},
+        archs=archs,
+    )

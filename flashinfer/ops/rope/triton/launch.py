@@ -27,6 +27,8 @@ from flashinfer.ops.rope.triton.kernel import (
 
 # A program of 128 threads moves about this many elements of q: 32 a thread, four 16-byte vectors in half precision.
 TILE = 4096
+# Where such tiles would be too few to give every multiprocessor one.
+FEW_TILE = 1024
 MAX_TOKENS = 16
 NUM_WARPS = 4
 _launch = Prebound(rope_kernel)
@@ -38,11 +40,12 @@ def block(dim: int) -> int:
 
 
 @lru_cache(maxsize=4096)
-def configure(spec: RopeSpec, arch: Arch) -> tuple[RopeConfig, int]:
-    """The kernel's configuration and the number of head blocks."""
+def configure(spec: RopeSpec, arch: Arch, few: bool) -> tuple[RopeConfig, int]:
+    """The kernel's configuration and the number of head blocks. few: whether large tiles would be too few."""
+    tile = FEW_TILE if few else TILE
     block_half = block(spec.rotary_dim // 2)
     width = 2 * block_half + block(spec.q_rest)
-    most = max(1, TILE // width)
+    most = max(1, tile // width)
     head_blocks = max(1, -(-spec.num_qo_heads // most))
     block_q = block(max(1, -(-spec.num_qo_heads // head_blocks)))
     head_blocks = max(1, -(-spec.num_qo_heads // block_q))
@@ -60,7 +63,7 @@ def configure(spec: RopeSpec, arch: Arch) -> tuple[RopeConfig, int]:
         spec.ragged,
         FP8_MANTISSA_BITS.get(spec.out_dtype, 0),
         arch.converts_to_fp8,
-        1 << min(MAX_TOKENS, max(1, TILE // (block_q * width))).bit_length() - 1,
+        1 << min(MAX_TOKENS, max(1, tile // (block_q * width))).bit_length() - 1,
         block_q,
         block_k,
         block_half,
@@ -94,8 +97,8 @@ def bind(spec: RopeSpec, arch: Arch) -> Callable[[Rotation], None]:
     """The call for one kind of rotation: one launch, no host sync."""
 
     @lru_cache(maxsize=4096)
-    def layout(table_stride: int, page_size: int, *pairs: Any) -> Layout:
-        cfg, head_blocks = configure(spec, arch)
+    def layout(few: bool, table_stride: int, page_size: int, *pairs: Any) -> Layout:
+        cfg, head_blocks = configure(spec, arch, few)
         parts = AllStrides(*(_strides(pair) for pair in pairs))
         flat = [n for part in parts if part is not None for n in part]
         return Layout(cfg, head_blocks, parts, integer_classes((table_stride, page_size, *flat)))
@@ -109,13 +112,14 @@ def bind(spec: RopeSpec, arch: Arch) -> Callable[[Rotation], None]:
         moves = (q.rope, k.rope, q.rest, k.rest, v)
         stride, page_size = angle.table.stride(0), 0 if table is None else k.rope.target.shape[1]
         pairs = [None if move is None else (move.source.stride(), move.target.stride()) for move in moves]
-        found = layout(stride, page_size, *pairs)
+        num_tokens = q.rope.source.shape[0]
+        few = num_tokens * spec.num_qo_heads * (spec.rotary_dim + spec.q_rest) < TILE * arch.num_sms
+        found = layout(few, stride, page_size, *pairs)
         tensors = [x for move in moves for x in (move or (None, None))]
         data = Data(*(tensors if spec.out_dtype not in FP8_DTYPES else map(_bytes, tensors)))
         q_weight, k_weight, eps = (None, None, 0.0) if weights is None else weights
         indices = () if table is None else table
         aligned = alignment(*data, *angle, q_weight, k_weight, *indices)
-        num_tokens = q.rope.source.shape[0]
         _launch(
             (-(-num_tokens // found.cfg.block_tokens), found.head_blocks, 1),
             (found, angle.positions.dtype, integer_classes((batch_size, steps)), aligned),
