@@ -45,6 +45,8 @@ def time_ms(fn: Callable[[], object], settings: Settings) -> Times:
 
 def times_in_turn(fns: Sequence[Callable[[], object]], settings: Settings) -> list[Times]:
     """As `time_ms` for each of `fns`, which are called in turn."""
+    if not fns:
+        return []
     times = _by_events(fns, settings) if settings.device.type == "cuda" else _by_host_clock(fns, settings)
     return [{"ms": statistics.median(t), **_p20_p80(t)} for t in times]
 

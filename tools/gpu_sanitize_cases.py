@@ -105,7 +105,7 @@ def prefill_ragged() -> None:
 
 
 def prefill_hopper() -> None:
-    """The kernel of its own, where there is one: ragged, and pages of 8 that end inside of a box."""
+    """The kernel of its own, where there is one: ragged, pages that end inside of a box, pages gathered."""
     if not arch_of(DEVICE).has_wgmma:
         print("prefill on Hopper: not on this device")
         return
@@ -116,20 +116,28 @@ def prefill_hopper() -> None:
         ragged = flashinfer.BatchPrefillWithRaggedKVCacheWrapper(workspace(), "NHD", backend="fa3")
         ragged.plan(indptr(qo_lens), indptr(kv_lens), 4, 2, dim, causal=True, q_data_type=q.dtype)
         compare(f"prefill on Hopper, ragged, {dim}", ragged.run(q, k, v), want)
-        counts = tuple(-(-n // 8) for n in kv_lens)
-        cache = torch.full((sum(counts), 2, 8, 2, dim), float("nan"), device=DEVICE, dtype=q.dtype)
-        first = 0
-        for n, count, (_, k_part, v_part) in zip(kv_lens, counts, parts, strict=True):
-            for i, x in enumerate((k_part, v_part)):
-                cache[first : first + count, i] = torch.nn.functional.pad(
-                    x, (0, 0, 0, 0, 0, count * 8 - n), value=float("nan")
-                ).view(count, 8, 2, dim)
-            first += count
-        paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(), "NHD", backend="fa3")
-        last = torch.tensor([(n - 1) % 8 + 1 for n in kv_lens], device=DEVICE).int()
-        pages = (indptr(counts), torch.arange(sum(counts), device=DEVICE).int(), last)
-        paged.plan(indptr(qo_lens), *pages, 4, 2, dim, 8, causal=True, q_data_type=q.dtype)
-        compare(f"prefill on Hopper, paged, {dim}", paged.run(q, cache), want)
+        for size in (8, 12, 1):
+            cache, pages = cut_into_pages([part[1:] for part in parts], size)
+            paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(), "NHD", backend="fa3")
+            paged.plan(indptr(qo_lens), *pages, 4, 2, dim, size, causal=True, q_data_type=q.dtype)
+            compare(f"prefill on Hopper, pages of {size}, {dim}", paged.run(q, cache), want)
+
+
+def cut_into_pages(
+    parts: list[tuple[torch.Tensor, ...]], size: int
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """k and v of requests as a cache that holds NaN where no token is, and its indptr, indices, last_page_len."""
+    lens = [len(k) for k, _ in parts]
+    counts = tuple(-(-n // size) for n in lens)
+    cache = torch.full((sum(counts), 2, size, *parts[0][0].shape[1:]), float("nan"), device=DEVICE).half()
+    for i, tokens in enumerate(cache.unbind(1)):
+        flat, first = tokens.flatten(0, 1).clone(), 0
+        for n, count, part in zip(lens, counts, parts, strict=True):
+            flat[first : first + n] = part[i]
+            first += count * size
+        tokens.copy_(flat.view_as(tokens))
+    last = torch.tensor([(n - 1) % size + 1 for n in lens], device=DEVICE).int()
+    return cache, (indptr(counts), torch.arange(sum(counts), device=DEVICE).int(), last)
 
 
 def merge() -> None:

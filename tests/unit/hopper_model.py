@@ -2,8 +2,7 @@
 
 A role (a warp or a warpgroup) is a generator that yields one operation at a time. TMA loads and stores and products
 finish at a random later time; a random scheduler decides who goes on. What real hardware would answer with a hang or
-with garbage is a `ProtocolError`. A warpgroup is one thread here: what its threads owe each other is left to the
-compiler, and so are the fences between generic and asynchronous accesses.
+with garbage is a `ProtocolError`. A warpgroup is one thread here: what its threads owe each other is not looked at.
 """
 
 from __future__ import annotations
@@ -65,6 +64,7 @@ class Gpu:
         self.flights: dict[tuple[str, str], list[Callable[[], None]]] = {}
         self.written: Counter[Tile] = Counter()
         self.turn: str | None = None
+        self.unfenced: set[Box] = set()
 
     def start(self, name: str, warps: int, steps: Steps) -> None:
         self.roles[name] = Role(name, warps, steps)
@@ -137,9 +137,13 @@ class mbarrier:
 
 
 class Box:
-    """Shared memory of one TMA box. owners: consumers that have yet to release it; readers: reads in flight."""
+    """Shared memory of one TMA box. owners: consumers that have yet to release it; readers: reads in flight.
+
+    unfenced: roles whose asynchronous reads do not see yet what threads wrote there.
+    """
 
     def __init__(self) -> None:
+        self.unfenced: set[str] = set()
         self.holds: Tile | None = None
         self.loading = False
         self.owners: set[str] = set()
@@ -147,6 +151,7 @@ class Box:
 
     def begin_read(self, role: Role, tile: Tile) -> None:
         check(self.holds == tile, f"{role.name} reads {self.holds} and means {tile}")
+        check(role.name not in self.unfenced, f"{role.name} reads {tile} before a fence")
         self.readers += 1
 
     def load(self, tile: Tile) -> Operation:
@@ -159,6 +164,8 @@ class Box:
             self.readers -= reads
             check(not self.loading and (self.holds == tile or not self.readers), f"{tile} stored into a box in use")
             self.holds = tile
+            self.unfenced.add(me.name)
+            gpu.unfenced.add(self)
 
         return operation
 
@@ -177,6 +184,7 @@ def _overwrite(gpu: Gpu, me: Role, tile: Tile, box: Box) -> None:
     check(not box.owners and not box.loading, f"{tile} overwrites {box.holds} before its release")
     box.holds, box.loading = None, True
     box.owners = set(gpu.roles) - {me.name}
+    box.unfenced.clear()
 
 
 def tma_load(tile: Tile, landing: mbarrier, box: Box) -> Operation:
@@ -200,6 +208,8 @@ class async_copy:
         def operation(gpu: Gpu, me: Role) -> None:
             for box in part:
                 _overwrite(gpu, me, tile, box)
+                box.unfenced |= box.owners
+            gpu.unfenced.update(part)
 
             def land() -> None:
                 for box in part:
@@ -229,6 +239,19 @@ def tma_store(tile: Tile, box: Box) -> Operation:
 
 def tma_store_wait(pending: int) -> Operation:
     return lambda gpu, me: lambda: gpu.in_flight(me, "store") <= pending
+
+
+def fence_async_shared() -> Operation:
+    def operation(gpu: Gpu, me: Role) -> None:
+        for box in gpu.unfenced:
+            if not box.loading:
+                box.unfenced.discard(me.name)
+
+    return operation
+
+
+def partition_barrier() -> Operation:
+    return lambda gpu, me: None
 
 
 def plain_store(tile: Tile, boxes: int) -> Operation:

@@ -8,11 +8,12 @@ from pathlib import Path
 
 # The operations that count: how many leading arguments both sides spell alike.
 OPERATIONS = {
-    **dict.fromkeys(("acquire", "release", "drain", "take", "give", "begin", "end"), 9),
-    **dict.fromkeys(("named_sync", "named_arrive", "expect", "wait"), 9),
-    **{"Turns": 3, "tma_load": 0, "tma_store": 0, "tma_store_wait": 1, "warpgroup_mma": 0, "warpgroup_mma_wait": 1},
-    **{"_queries": 3, "_fill": 3, "_copy": 3, "deliver": 9, "mbarrier_arrive": 9, "async_copy_global_to_shared": 0},
-    **{"landing": 9, "box": 9, "part": 9, "load": 0, "store": 0, "_step": 0, "_write": 0, "_zero_tail": 3},
+    **dict.fromkeys(("acquire", "deliver", "release", "drain", "take", "give", "begin", "end"), 9),
+    **dict.fromkeys(("named_sync", "named_arrive", "expect", "wait", "mbarrier_arrive", "landing", "box", "part"), 9),
+    **dict.fromkeys(("_queries", "_fill", "_copy", "_zero_tail", "Turns"), 3),
+    **dict.fromkeys(("tma_store_wait", "warpgroup_mma_wait"), 1),
+    **dict.fromkeys(("tma_load", "tma_store", "async_copy_global_to_shared", "warpgroup_mma", "load", "store"), 0),
+    **dict.fromkeys(("fence_async_shared", "partition_barrier", "_step", "_write"), 0),
 }
 
 

@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bench import plot, registry, report, run
+from bench import clock, plot, registry, report, run
 from bench.record import COPY, Call, Row
 from bench.registry import ROWS
 from bench.rows import attention, elementwise
@@ -199,6 +199,11 @@ def test_speedup_is_the_peers_time_over_ours() -> None:
     assert 3 < run.time_against(long, short, chosen)["speedup"] < 30
     assert 1 / 30 < run.time_against(short, long, chosen)["speedup"] < 1 / 3
     assert 3 / 4 < run.time_against(long, short, chosen, work=0.25)["speedup"] < 30 / 4
+
+
+def test_nothing_to_time_is_no_error() -> None:
+    """As where every candidate of a tuning was wrong: the reasons are what counts then."""
+    assert clock.times_in_turn([], run._settings(run._parse(QUICK))) == []
 
 
 def test_a_right_row_is_timed_and_every_field_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,9 +29,11 @@ from tests.unit.hopper_model import (
     Tile,
     async_copy,
     check,
+    fence_async_shared,
     mbarrier,
     named_arrive,
     named_sync,
+    partition_barrier,
     plain_store,
     tma_load,
     tma_store,
@@ -73,10 +75,10 @@ class Barriers(list[mbarrier]):
 
 
 class Ring:
-    def __init__(self, STAGES: int, PARTS: int, BOXES: int, EMPTY: int, PRODUCER_THREADS: int) -> None:
+    def __init__(self, STAGES: int, PARTS: int, BOXES: int, EMPTY: int, PRODUCER_THREADS: int, COPIED: bool) -> None:
         self.boxes = [Box() for _ in range(STAGES * BOXES)]
         self.full = Barriers(mbarrier() for _ in range(STAGES))
-        self.STAGES, self.PARTS, self.BOXES, self.EMPTY = STAGES, PARTS, BOXES, EMPTY
+        self.STAGES, self.PARTS, self.BOXES, self.EMPTY, self.COPIED = STAGES, PARTS, BOXES, EMPTY, COPIED
         self.SHIFT = STAGES.bit_length() - 1
         self.BYTES = BOXES * BOX_BYTES
         self.THREADS = GROUPS * CONSUMER_THREADS + PRODUCER_THREADS
@@ -106,6 +108,8 @@ class Ring:
 
     def wait(self, n: int, pred: bool = True) -> Steps:
         yield mbarrier.wait(self.full.index(self.stage(n)), (n >> self.SHIFT) & 1, pred=pred)
+        if self.COPIED:
+            yield fence_async_shared()
 
     def part(self, n: int, i: int) -> Part:
         boxes = self.BOXES // self.PARTS
@@ -223,6 +227,8 @@ def _zero_tail(values: Ring, n: int, rest: int, tile: Tile, cfg: Config) -> Step
         box = values.box(n, h * BOXES + rest // cfg.box)
         yield box.load(tile)
         yield box.store(tile, reads=1)
+    yield fence_async_shared()
+    yield partition_barrier()
 
 
 def _step(q: Operand, channels: Channels, n: int, end: int, k: Tile, turns: Turns, cfg: Config) -> Steps:
@@ -247,6 +253,7 @@ def _write(o: Tile, item: Item, outputs: Ring, outlet: int, CID: int, cfg: Confi
     q_lo, qo_len = item.q_lo + CID * cfg.rows, item.qo_len
     if q_lo + cfg.rows <= qo_len:
         yield outputs.part(outlet, CID).store(o)
+        yield fence_async_shared()
         for h in range(HALVES):
             yield tma_store(o, outputs.box(outlet, CID * HALVES + h))
     else:
@@ -301,7 +308,7 @@ def _consumer(channels: Channels, outputs: Ring, items: list[Item], CID: int, cf
 
 def _ring(STAGES: int, PARTS: int, rows: int, BOX: int, FIRST: int, cfg: Config) -> Ring:
     THREADS = TMA_THREADS if cfg.box else COPYING_THREADS
-    return Ring(STAGES, PARTS, PARTS * (HALVES * (rows // BOX) if BOX else 1), FIRST, THREADS)
+    return Ring(STAGES, PARTS, PARTS * (HALVES * (rows // BOX) if BOX else 1), FIRST, THREADS, BOX == 0)
 
 
 def prefill_kernel(gpu: Gpu, items: list[Item], cfg: Config) -> None:
@@ -388,6 +395,8 @@ MUTANTS = {
     "acquires at once": (Ring, "acquire", no_steps, Config(), "before its release|arrived at twice"),
     "copies at once": (Ring, "acquire", no_steps, COPIED, "before its release|arrived at twice"),
     "delivers before its copies land": (Ring, "deliver", deliver_at_once, COPIED, "reads None and means"),
+    "copies without a fence": (HERE, "fence_async_shared", partition_barrier, COPIED, "before a fence"),
+    "stores without a fence": (HERE, "fence_async_shared", partition_barrier, Config(), "before a fence"),
     "never delivers": (Ring, "deliver", no_steps, COPIED, "deadlock"),
     "waits for the other phase": (Ring, "wait", wait_for_the_other_phase, Config(), "reads None and means"),
     "does not wait for tiles": (Ring, "wait", no_steps, Config(), "reads None and means"),

@@ -61,6 +61,12 @@ def test_layouts_for_tma():
     assert "k:" in problem(cache[..., 4:132])
     assert "k:" in problem(torch.empty(4, 16, 2, 129, dtype=torch.float16)[..., :128])
     assert "k:" in problem(torch.empty(1, 16, 2, 128, dtype=torch.float16).expand(4, -1, -1, -1))
+    q, far = (
+        torch.empty(4, 8, 128, dtype=torch.float16),
+        torch.empty(8, 1 << 21, 128, dtype=torch.float16, device="meta"),
+    )
+    tensors = Tensors(q, cache[..., :128], cache[..., :128], far.transpose(0, 1), None)
+    assert "32 bits" in str(support.gluon_sm90_layout(tensors))
 
 
 @pytest.mark.skipif(not (config().triton_interpret or torch.cuda.is_available()), reason="needs Triton to run")
@@ -87,3 +93,54 @@ def test_work_is_every_record_once_longest_first_in_sections(seed):
     tokens = (24 << 20) // (2 * 2 * 128 * 2)  # K and V of two KV heads in 24 MiB of L2
     keys = [(int(t[5]) // tokens, 63 - int(t[3]) * 63 // longest) for t in tiles]
     assert keys == sorted(keys)
+
+
+@pytest.mark.skipif(not config().triton_interpret, reason="stands in for a Hopper GPU")
+@pytest.mark.parametrize("rows_known", [True, False])
+def test_plans_of_a_graph_keep_the_implementation_that_ran(rows_known, monkeypatch):
+    """Strides sent the first run to Triton: later plans must fill Triton's tables, which a captured run reads."""
+    from flashinfer.ops.attention import session
+    from flashinfer.ops.attention.options import Options, scales_of
+
+    monkeypatch.setattr(session, "arch_of", lambda device: replace(HOPPER, num_sms=1))
+    spec = AttentionSpec(4, 2, 64, 64, 1, False, *[torch.float16] * 3)
+    options = Options.of(64, True, None, None, "NONE", None, (None, None))
+    lens = [(256, 150), (150, 256)]
+    indptr = torch.tensor([0, 256, 406], dtype=torch.int32)
+    batch = Batch(indptr, indptr, None, None, 2, 406 if rows_known else None)
+    made = session.Session(torch.device("cpu"), fixed_addresses=True)
+    q, wide, v = (torch.randn(406, *x).half() for x in ((4, 64), (1, 2, 65), (1, 2, 64)))
+    scales = scales_of(options.sm_scale, spec, q, None, None, None)
+    for turn, (first, second) in enumerate(lens):
+        indptr.copy_(torch.tensor([0, first, first + second]))
+        made.plan(spec, batch, options)
+        if turn == 0:
+            out = made.run((q, wide[..., :64], v), scales)
+            assert made.backend == "triton" and "multiples of 16 bytes" in str(made.layout_problem)
+            held, implementation = made._plan, made._impl
+        else:
+            out = torch.full_like(q, float("nan"))
+            assert implementation is not None
+            implementation.run(made.spec, held, Tensors(q, wide[..., :64], v, out, None), made.variant, scales)
+        assert made.backend == "triton"
+        begin = 0
+        for n in (first, second):
+            k, values = (x[begin : begin + n, 0].repeat_interleave(2, 1).transpose(0, 1) for x in (wide[..., :64], v))
+            expected = torch.nn.functional.scaled_dot_product_attention(
+                q[begin : begin + n].transpose(0, 1).double(), k.double(), values.double(), is_causal=True
+            )
+            torch.testing.assert_close(out[begin : begin + n].transpose(0, 1).double(), expected, atol=4e-3, rtol=0)
+            begin += n
+
+
+def test_a_layout_that_comes_after_a_graph_is_refused(monkeypatch):
+    """What ran may be captured: another implementation would write over its tables."""
+    from flashinfer.ops.attention import session
+
+    monkeypatch.setattr(session, "arch_of", lambda device: HOPPER)
+    made = session.Session(torch.device("cpu"), fixed_addresses=True)
+    made._row, made._batch, made._plan, made._ran = IMPLS[0], object(), object(), True  # type: ignore[assignment]
+    q = torch.empty(4, 8, 128, dtype=torch.float16)
+    k = torch.empty(4, 16, 2, 129, dtype=torch.float16)[..., :128]
+    with pytest.raises(ValueError, match="CUDA graph may hold"):
+        made._settle(Tensors(q, k, k, q, None))

@@ -1,4 +1,4 @@
-"""The schedule of attention, on ints: the numpy twin of the device planner (`triton/planner.py`).
+"""The schedule of attention, on ints: the numpy twin of the device planner (`device/planner.py`).
 
 Work is counted in KV tiles. A *record* is one query tile of one request, `block_m` packed rows (queries times heads of
 a group) against the KV tiles its variant's bounds leave; every record stands once for each KV head. The records of all

@@ -28,11 +28,10 @@ SESSIONS: WeakValueDictionary[int, Session] = WeakValueDictionary()
 class Session:
     """Plans a batch, then runs it any number of times.
 
-    device: of the queries. backend: the name asked for. buffer: the user's workspace or None. fixed_addresses: CUDA
-    graphs replay this session's runs, so that plans write to where the first one did. extra: a user's variant, composed
-    after the one that the options mean.
-
-    backend: the implementation in use. layout_problem: why the tensors of a run kept it from the first choice.
+    device: of the queries. backend: the name asked for; afterwards that of the implementation in use. buffer: the
+    user's workspace or None. fixed_addresses: CUDA graphs replay this session's runs, so that plans keep to the first
+    one's implementation and write to where it did. extra: a user's variant, composed after the one that the options
+    mean. layout_problem: why the tensors of a run kept it from the first choice.
     """
 
     def __init__(
@@ -60,6 +59,7 @@ class Session:
         self._expected_rows: int | None = None
         self._checked: list[Any] = []
         self._addresses: tuple[int, ...] = ()
+        self._ran = False
         self.number = next(_numbers)
         SESSIONS[self.number] = self
 
@@ -93,6 +93,10 @@ class Session:
     def _choice(self, spec: AttentionSpec, batch: Batch, rows: int | None) -> Impl:
         """The row of the table for this batch of `rows` queries; what runs best only matters where nobody chose."""
         arch = arch_of(self.device)
+        if self.fixed_addresses and self._rows is not None:
+            # A captured run is one of this implementation, and holds its tables.
+            assert self._row is not None
+            return select((self._row,), spec, arch)
         if rows is not None and spec.split_kv and wanted_name(arch, self.request) == "auto":
             spec = replace(spec, workload=Workload.of(rows, batch.batch_size))
         return select(IMPLS, spec, arch, self.request)
@@ -103,7 +107,7 @@ class Session:
     def invalidate(self) -> None:
         """Forget the plan: its memory is gone."""
         self._batch = self._plan = self._rows = self._override = None
-        self.arena.frozen = False
+        self._ran = self.arena.frozen = False
 
     def replan(self, options: Options) -> None:
         """Plan the same batch with other options, if they ask for another variant; sm_scale belongs to the run."""
@@ -157,6 +161,7 @@ class Session:
         if not (self._batch.covers_rows and not self.fixed_addresses):
             self._fill_uncovered(None if given[0] else out, None if given[1] else lse)
         self._impl.run(self.spec, self._plan, Tensors(q, k, v, out, lse), self.variant, scales)
+        self._ran = True
         return (out, lse) if return_lse and lse is not None else out
 
     def _fill_uncovered(self, out: torch.Tensor | None, lse: torch.Tensor | None) -> None:
@@ -186,10 +191,16 @@ class Session:
         arch = arch_of(self.device)
         if wanted_name(arch, self.request) != "auto":
             raise BackendSupportedError(f"backend {self.request!r}: {problem}. Leave the backend to 'auto'.")
+        if self.fixed_addresses and self._ran:
+            way = "Run every call with the layouts of the first, or make a new wrapper."
+            raise ValueError(
+                f"A CUDA graph may hold a run of {self.backend!r}, which cannot take this one: {problem}. {way}"
+            )
         self.layout_problem = f"{self.backend}: {problem}"
         self._use(select(IMPLS[IMPLS.index(self._row) + 1 :], self.spec, arch))
         if self._plan is not None:
             assert self._rows is not None
+            self.arena.frozen = False  # nothing ran yet
             self._schedule(self._rows)
 
     def _check(

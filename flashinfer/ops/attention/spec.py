@@ -60,8 +60,8 @@ class Batch(NamedTuple):
     qo_indptr `[batch + 1]` in queries, None when uniform. kv_indptr `[batch + 1]` in pages (tokens if ragged), absolute
     into kv_indices. kv_indices `[pages]`: page numbers, None if ragged. last_page_len `[batch]`: tokens of the last
     page, None when every page is full (ragged). total_rows: all queries; min_pages: pages (tokens if ragged) that k and
-    v must have; each None when only the device knows. covers_rows: the host
-    knows that every row of q belongs to a request.
+    v must have; each None when only the device knows. covers_rows: the host knows that every row of q
+    belongs to a request.
     """
 
     qo_indptr: torch.Tensor | None

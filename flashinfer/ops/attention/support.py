@@ -80,10 +80,12 @@ def _hopper_workload(spec: AttentionSpec, arch: Arch) -> str | None:
 
 
 def gluon_sm90_layout(tensors: Tensors) -> str | None:
-    """TMA wants addresses and strides in multiples of 16 bytes."""
+    """TMA wants addresses and strides in multiples of 16 bytes; the kernel counts elements between heads in 32 bits."""
     for name, x in zip(tensors._fields[:4], tensors, strict=False):
         assert x is not None
         strides = [stride for size, stride in zip(x.shape[:-1], x.stride(), strict=False) if size > 1]
         if x.data_ptr() % 16 or any(stride <= 0 or stride * x.itemsize % 16 for stride in strides):
             return f"{name}: strides {tuple(x.stride())} or address are not in multiples of 16 bytes, as TMA needs them"
+    if tensors.out.shape[1] * tensors.out.stride(1) >= 2**31:
+        return f"out: its heads, {tensors.out.stride(1)} elements apart, lie further away than 32 bits can tell"
     return None

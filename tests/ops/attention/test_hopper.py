@@ -11,7 +11,9 @@ import torch
 import flashinfer
 from flashinfer.core.arch import arch_of
 from flashinfer.core.select import BackendSupportedError
+from flashinfer.device.language import tl
 from flashinfer.ops.attention.support import gluon_sm90_supports
+from flashinfer.ops.attention.variants import Twin, variant
 from flashinfer.ops.attention.wrapper import attention_spec
 from flashinfer.testing import poisoned
 
@@ -53,6 +55,7 @@ OPTIONS = {
     "mask window": {"mask": "packed", "window_left": 90},
     "negative sm_scale": {"sm_scale": -0.2, "causal": True},
     "scales": {"k_scale": 0.7, "v_scale": 1.4, "causal": True},
+    "no cap": {"causal": True, "logits_soft_cap": 1e9},
 }  # fmt: skip
 
 
@@ -76,6 +79,44 @@ def test_pages(page_size, kv_layout, cache_form, rng):
                 kv_layout=kv_layout, cache_form=cache_form, causal=rng.random() < 0.5)  # fmt: skip
     problem = make(case)
     check(problem, *run_paged(problem, BACKEND, rng))
+
+
+def _louder(captured, x, at):
+    return x + tl.load(captured[0] + at.qo_head) * tl.where(at.kv_idx % 2 == 0, 1.0, 0.0)
+
+
+def _louder_twin(captured, x, at):
+    return x + captured[0][at.qo_head] * (at.kv_idx % 2 == 0)
+
+
+def _thirds(captured, at):
+    return (at.kv_idx + at.qo_idx) % 3 != 0
+
+
+@on_hopper
+@pytest.mark.parametrize("page_size", [1, 16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_sinks_factors_of_heads_and_a_users_hooks(head_dim, page_size, rng):
+    """What the oracle does not know, against the torch implementation."""
+    problem = make(Case(*LENGTHS, 6, 2, head_dim, dtype=torch.bfloat16, page_size=page_size, causal=True))
+    cache = paged_cache(problem, rng)
+    per_head = {
+        name: torch.rand(n, device=DEVICE) + 0.5 for name, n in (("q_scale", 6), ("k_scale", 2), ("v_scale", 2))
+    }
+    per_head["sinks"] = torch.randn(6, device=DEVICE)
+    bias = torch.randn(6, device=DEVICE)
+    mine = variant("mine", captured=(bias,), logits=_louder, mask=_thirds, twin=Twin(logits=_louder_twin, mask=_thirds))
+    results = []
+    for backend in (BACKEND, "torch"):
+        wrapper = prefill_wrapper(problem.case, backend, jit_args=mine)
+        plan_prefill(wrapper, problem, cache.plan_arguments())
+        results.append(wrapper.run(problem.q, cache.kv, return_lse=True, **per_head))
+        assert torch.equal(wrapper.run(problem.q, cache.kv, **per_head), results[-1][0])
+    (out, lse), (expected, expected_lse) = results
+    # Both round the weights and the output to bf16 once each.
+    largest = float(torch.cat(problem.v).abs().max() * per_head["v_scale"].max())
+    torch.testing.assert_close(out, expected, rtol=0, atol=2 * torch.finfo(torch.bfloat16).eps * largest)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-3, atol=1e-2)
 
 
 @on_hopper

@@ -212,7 +212,7 @@ def launch_planner(
     uniform = uniform_qo_len or 0
     _launch_planner(
         (1, 1, 1),
-        (cfg, key, alignment(*indices), uniform),
+        (cfg, key, alignment(*indices), *(x is None for x in indices), uniform),
         (indices, tables, bounds, batch.batch_size, batch.total_rows, num_programs, cfg, uniform, PLANNER_BLOCK),
         batch.kv_indptr.device,
         num_warps=8,

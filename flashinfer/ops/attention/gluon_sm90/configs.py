@@ -65,14 +65,15 @@ def configured(spec: AttentionSpec, traits: Traits, schedule: Schedule) -> Gluon
     """The kernel for `spec` under a given schedule."""
     group, heads = spec.group_size, spec.num_qo_heads
     wide = spec.head_dim_qk > 128
+    # Registers: a wide head's accumulator, or the bits of a mask for which there are no bounds, each take half.
+    block_n = 128 >> wide >> (not traits.masks_have_bounds)
     return GluonConfig(
         head_dim=spec.head_dim_qk,
         rows=HOPPER_QUERY_TILE // GROUPS.value,
-        # Registers: a wide head's accumulator, or the bits of a mask for which there are no bounds, leave half.
-        block_n=64 if wide or not traits.masks_have_bounds else 128,
+        block_n=block_n,
         stages=2,
         q_stages=2 if schedule.persistent and not wide else 1,
-        box=_box(spec.page_size) if spec.paged else BOX,
+        box=min(_box(spec.page_size) if spec.paged else BOX, block_n),
         page_size=spec.page_size if spec.paged else 0,
         head_block=HEAD_BLOCK if heads % HEAD_BLOCK == 0 and HEAD_BLOCK % group == 0 else heads,
         persistent=schedule.persistent,

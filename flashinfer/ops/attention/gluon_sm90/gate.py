@@ -47,6 +47,9 @@ def _problems() -> Iterator[Problem]:
     yield Problem("causal_page1", causal, 1)
     yield Problem("causal_d64_page5", causal, 5, head_dim=64)
     yield Problem("causal_d256_page1", causal, 1, head_dim=256)
+    yield Problem("mask_d256", variants.custom_mask(meta.to(torch.uint8), meta.to(torch.int32)), head_dim=256)
+    yield Problem("window_d256", causal & variants.sliding_window(1023), head_dim=256)
+    yield Problem("alibi_d256", variants.alibi(meta) & causal, head_dim=256)
     yield Problem("mask_page1", variants.custom_mask(meta.to(torch.uint8), meta.to(torch.int32)), 1)
     yield Problem("full_d64", Variant(), head_dim=64)
     yield Problem("causal_d64", causal, head_dim=64)
@@ -76,7 +79,7 @@ def cases() -> Iterator[GateCase]:
         "tables": ScheduleTables(int64, int64, int64, int32),
         "work": Tiles(int32, int32),
         "bins": int32,
-        **dict.fromkeys(("batch_size", "capacity", "uniform_records", "page_size", "section_tokens"), 7),
+        **dict.fromkeys(("batch_size", "capacity", "page_size", "section_tokens"), 7),
         "BLOCK": Constant(PLANNER_BLOCK),
     }
     yield case_of("order", order_kernel, order, options={"num_warps": 8}, archs=HOPPER)

@@ -48,13 +48,11 @@ def plan(spec: AttentionSpec, batch: Batch, variant: Variant, arena: Arena) -> G
     hooks = hooks_of(variant)
     key = (spec, config, launch_key(variant))
     tables = planner_tables(arena, 1, batch, planner)
-    launch_planner(planner, batch, tables, hooks.bounds, spec.uniform_qo_len, 1, key)
+    launch_planner(planner, batch, tables, hooks.bounds, None, 1, key)
     capacity = -(-batch.total_rows // planner.block_m) + batch.batch_size
     work = Tiles(
         arena.private("work", (capacity, RECORD_FIELDS), torch.int32), arena.private("work_count", (1,), torch.int32)
     )
-    uniform = spec.uniform_qo_len
-    known = -1 if uniform is None else batch.batch_size * -(-uniform // planner.block_m)
     _launch_order(
         (1, 1, 1),
         (key, alignment(*tables, *work)),
@@ -64,7 +62,6 @@ def plan(spec: AttentionSpec, batch: Batch, variant: Variant, arena: Arena) -> G
             arena.private("bins", (BINS,), torch.int32),
             batch.batch_size,
             capacity,
-            known,
             spec.page_size,
             section_tokens(spec, config),
             PLANNER_BLOCK,

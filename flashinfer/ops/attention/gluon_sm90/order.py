@@ -24,28 +24,22 @@ def _sort_keys(records, slot, mask, longest, page_size, section_tokens):
     return section * LENGTHS + (LENGTHS - 1 - kv_tiles * (LENGTHS - 1) // longest)
 
 
-@triton.jit(do_not_specialize=["batch_size", "capacity", "uniform_records", "page_size", "section_tokens"])
+@triton.jit(do_not_specialize=["batch_size", "capacity", "page_size", "section_tokens"])
 def order_kernel(
     tables,
     work,
     bins,
     batch_size,
     capacity,
-    uniform_records,
     page_size,
     section_tokens,
     BLOCK: tl.constexpr,
 ):
-    """One program. tables: `ScheduleTables`; work: `Tiles`; bins: int32 `[SECTIONS * LENGTHS]`.
-
-    uniform_records: how many records there are where the host knows, else -1.
-    """
+    """One program. tables: `ScheduleTables`; work: `Tiles`; bins: int32 `[SECTIONS * LENGTHS]`."""
     NUM_BINS: tl.constexpr = SECTIONS * LENGTHS
     offs_bin = tl.arange(0, NUM_BINS)
     tl.store(bins + offs_bin, tl.zeros([NUM_BINS], tl.int32))
-    count = uniform_records
-    if count < 0:
-        count = tl.minimum(tl.load(tables.tile_base + batch_size), capacity)
+    count = tl.minimum(tl.load(tables.tile_base + batch_size), capacity)
     tl.store(work.num_tiles, count)
     longest = 1
     for base in range(0, count, BLOCK):

@@ -68,9 +68,9 @@ def transformed(s, item, begin, hooks, scale, MASK: gl.constexpr, END: gl.conste
     return s
 
 
-# What a row's maximum begins with and never falls below: finite, so that -inf - m needs no care. Below it lie products
-# of no use: 16-bit inputs that reach it are past 1e14.
-LOWEST = gl.constexpr(-1e30)
+# What a row's maximum begins with and never falls below: finite, also times any factor, so that -inf - m needs no care.
+# Logits below it count as masked; products of 16-bit inputs that reach it have operands past 1e9.
+LOWEST = gl.constexpr(-1e20)
 
 
 @jit

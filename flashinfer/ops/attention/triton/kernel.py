@@ -20,7 +20,7 @@ class KernelConfig:
 
     block_qk, block_vo: head dims rounded up to powers of two (>= 16). skip_masks: tiles that need
     no mask branch around it. natural_logits: logits are scaled before the hooks (else one factor in the exponent does
-    it). masks_have_bounds: see `hooks.masks_have_bounds`. item_cost: see `plan.Tiling`. merge_rows: rows of a query
+    it). masks_have_bounds: see `hooks.Traits`. item_cost: see `plan.Tiling`. merge_rows: rows of a query
     tile that can hold a query.
     """
 
