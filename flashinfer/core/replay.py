@@ -36,7 +36,7 @@ _permanent: dict[int, torch.Tensor] = {}
 
 
 class _Recording(threading.local):
-    """tensors: those of the call under way, and its Numbers, None if nothing is recorded. launches: what it launched so far.
+    """tensors: those of the call under way, and its Numbers; None if nothing is recorded. launches: those so far.
 
     An entry is None where that cannot be repeated.
     """
@@ -63,8 +63,9 @@ def forget() -> None:
 def replayed(function: Callable[..., None]) -> Callable[..., None]:
     """`function`, called with positional arguments only, which repeats calls that differ in addresses only.
 
-    Arguments: tensors, Numbers, tuples of them, hashable values. What the function does may depend on their layouts (shapes,
-    strides, dtypes, devices, alignment to 16 bytes) and on the other values, not on the contents of tensors on a GPU.
+    Arguments: tensors, Numbers, tuples of them, hashable values. What the function does may depend on their layouts
+    (shapes, strides, dtypes, devices, alignment to 16 bytes) and on the other values, not on the Numbers' nor on the
+    contents of tensors on a GPU.
     """
     memory: Memory = {}
     _memories.append(memory)
@@ -136,9 +137,9 @@ def _record(
 class Template:
     """The arguments of a launch, nested as they were, for other addresses of the tensors they came from.
 
-    inputs: the tensors and Numbers of the recorded call. An argument that is a tensor must begin in exactly one of them, or be
-    permanent; where two inputs begin at one address, they have to in later calls. Raises LookupError where the
-    arguments cannot be told from the inputs.
+    inputs: the tensors and Numbers of the recorded call. An argument that is a tensor must begin in exactly one of
+    them, or be permanent; where two inputs begin at one address, they have to in later calls. Raises LookupError where
+    the arguments cannot be told from the inputs.
     """
 
     def __init__(self, inputs: Sequence[Input], arguments: tuple[Any, ...]) -> None:

@@ -331,9 +331,7 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, 
     return found
 
 
-def _search(
-    x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds, scratch: Scratch
-) -> None:
+def _search(x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds, scratch: Scratch) -> None:
     """Find top_p's threshold in open rows; each is cut into a power of two parts, or into all its tiles."""
     num_rows, vocab_size = x.shape
     tiles = triton.cdiv(vocab_size, SCAN)
