@@ -13,6 +13,7 @@ from flashinfer.core.launch import Prebound, alignment
 from flashinfer.ops.sampling.spec import Draws, Filters, Halves, Parameter, Samples, Seed, halves_of
 from flashinfer.ops.sampling.triton.draw import draw_kernel, group_stats_kernel
 from flashinfer.ops.sampling.triton.filter import filter_kernel
+from flashinfer.ops.sampling.triton.min_p import min_p_kernel
 from flashinfer.ops.sampling.triton.resolve import resolve_kernel
 from flashinfer.ops.sampling.triton.rows import NO_RESIDUAL, STATS_WARPS, VECTOR_BYTES, Cut, Keys, Residual, cut_of
 from flashinfer.ops.sampling.triton.scratch import Scratch
@@ -20,12 +21,15 @@ from flashinfer.ops.sampling.triton.softmax import softmax_rows_kernel, softmax_
 from flashinfer.ops.sampling.triton.threshold import apply_kernel, collect_kernel, settle_kernel, threshold_kernel
 
 SCAN = 2048
+COLLECT_SCAN = 8192
 # More makes the kernel that also draws spill registers on sm_120.
 FILTER_SCAN = 1024
 # What the sixteen warps of a program that resolves open rows read at a time: half where rows begin off 16 bytes.
 RESOLVE_SCAN = 4096
 # Tokens that are collected of a row to find top_p's threshold among.
-FOUND = 8192
+FOUND = 16384
+# Of the kernel that collects them; each warp collects for itself.
+COLLECT_WARPS = 16
 SEARCH_FIELDS = 8
 STATE_FIELDS = 8
 # Two programs of eight warps a multiprocessor. Stated, since ptxas would else spill a few bytes to fit a third.
@@ -40,6 +44,7 @@ APPLY_TILE = 4096
 _stats = Prebound(group_stats_kernel)
 _draw = Prebound(draw_kernel)
 _filter = Prebound(filter_kernel)
+_min_p = Prebound(min_p_kernel)
 _resolve = Prebound(resolve_kernel)
 _softmax_rows = Prebound(softmax_rows_kernel)
 _softmax_state = Prebound(softmax_state_kernel)
@@ -94,35 +99,42 @@ class Stats(NamedTuple):
 
     group_max: torch.Tensor | None
     group_sum: torch.Tensor | None
+    group_tail: torch.Tensor | None
     num_groups: int
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self[:3]
 
 
 def group_stats(
     x: torch.Tensor,
     cut: Cut,
     logits: bool,
-    wanted: tuple[bool, bool],
+    wanted: tuple[bool, ...],
     scratch: Scratch,
     rows: torch.Tensor | None = None,
     residual: Residual = NO_RESIDUAL,
 ) -> Stats:
-    """Statistics of each row of `x`, or of the rows `rows`; wanted: maxima, sums."""
+    """Statistics of each row of `x`, or of the rows `rows`; wanted: maxima, sums, of probs also tails."""
     entries, vocab_size = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
     tiles = tiles_of(vocab_size, cut)
     splits, per_split = splits_of(entries, tiles, 16 * arch_of(x.device).num_sms)
-    high, total = (scratch.empty((entries, cut.groups), torch.float32) if want else None for want in wanted)
+    shape = (entries, cut.groups)
+    tensors = [scratch.empty(shape, torch.float32) if want else None for want in wanted]
+    high, total, tail = (*tensors, None, None)[:3]
     parts = tuple(residual)
     pointers = [p for p in parts if not isinstance(p, int)]
     key = (x.dtype, x.stride(0), vocab_size, logits, wanted, cut, alignment(x, rows, *pointers), _kinds(rows, *parts))
     _stats(
         (entries * splits, 1, 1),
         key,
-        (x, rows, residual, high, total, x.stride(0), vocab_size, splits, per_split, logits, cut),
+        (x, rows, residual, high, total, tail, x.stride(0), vocab_size, splits, per_split, logits, cut),
         x.device,
         num_warps=STATS_WARPS,
         **(REGISTERS if residual is NO_RESIDUAL else {}),
     )
-    return Stats(high, total, tiles * cut.tile_groups)
+    return Stats(high, total, tail, tiles * cut.tile_groups)
 
 
 def _kinds(*arguments: torch.Tensor | int | None) -> Hashable:
@@ -179,7 +191,7 @@ def _launch_draw(
         key,
         (
             *(x, rows, residual, stats.group_max, stats.group_sum, *random, tokens, place, tokens.stride(0)),
-            *(None if valid is None else valid.view(torch.int8), x.stride(0), x.shape[1], stats.num_groups),
+            *(_bytes(valid), x.stride(0), x.shape[1], stats.num_groups),
             *(per_sample, logits, cut),
         ),
         x.device,
@@ -220,41 +232,82 @@ def _draw_filtered(
     x: torch.Tensor, logits: bool, filters: Filters, draws: Draws, out: Samples, scratch: Scratch
 ) -> None:
     """One token for each sample among those that pass the filters."""
-    num_samples, vocab_size, rows = draws.num_samples, x.shape[1], draws.indices
-    cut = cut_of(vocab_size, x.element_size())
-    per_sample = rows is None or num_samples <= x.shape[0]
-    stats = group_stats(x, cut, logits, (True, True), scratch, rows if per_sample else None)
+    kind, rows = filters.kind, draws.indices
+    cut = cut_of(x.shape[1], x.element_size())
+    per_sample = rows is None or draws.num_samples <= x.shape[0]
+    wanted = (True, True, kind == "p" and not logits)
+    stats = group_stats(x, cut, logits, wanted, scratch, rows if per_sample else None)
+    if kind == "min_p":
+        _launch_min_p(x, filters, draws, stats, per_sample, out, scratch)
+        return
+    num_samples, vocab_size = draws.num_samples, x.shape[1]
     floats, ints = (scratch.empty((num_samples, STATE_FIELDS), t) for t in (torch.float32, torch.int32))
-    tokens = out.tokens
-    valid = None if out.valid is None else out.valid.view(torch.int8)
-    random, kind = random_of(draws), filters.kind
+    random, tokens = random_of(draws), out.tokens
     top_k = pointer_and_value(filters.top_k, vocab_size, vocab_size)
-    top_p = pointer_and_value(filters.min_p if kind == "min_p" else filters.top_p, 1.0)
+    top_p = pointer_and_value(filters.top_p, 1.0)
     key = (x.dtype, x.stride(0), vocab_size, logits, cut, random.key, tokens.dtype, alignment(x, rows))
-    filter_key = (key, kind, per_sample, valid is None, _kinds(rows, top_k[0], top_p[0]), alignment(top_k[0], top_p[0]))  # type: ignore
+    filter_key = (key, kind, per_sample, out.valid is None, _kinds(rows, top_k[0], top_p[0]))  # type: ignore
     _filter(
         (num_samples, 1, 1),
-        filter_key,
+        (*filter_key, alignment(top_k[0], top_p[0])),  # type: ignore
         (
-            *(x, rows, stats.group_max, stats.group_sum, *random, *top_k, *top_p),
-            *((*slots_of(scratch, cut, num_samples), floats, ints), tokens, valid),
+            *(x, rows, *stats.tensors, *random, *top_k, *top_p),
+            *((*slots_of(scratch, cut, num_samples), floats, ints), tokens, _bytes(out.valid)),
             *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut, FILTER_SCAN),
         ),
         x.device,
         num_warps=cut.num_warps,
         **REGISTERS,
     )
-    limited = kind in ("p", "kp", "joint")
+    _launch_resolve(x, logits, kind, draws, out, (floats, ints), scratch)
+
+
+def _launch_min_p(
+    x: torch.Tensor, filters: Filters, draws: Draws, stats: Stats, per_sample: bool, out: Samples, scratch: Scratch
+) -> None:
+    cut, random, rows = cut_of(x.shape[1], x.element_size()), random_of(draws), draws.indices
+    min_p = pointer_and_value(filters.min_p, 0.0)
+    key = (x.dtype, x.stride(0), x.shape[1], cut, random.key, out.tokens.dtype, per_sample, out.valid is None)
+    _min_p(
+        (draws.num_samples, 1, 1),
+        (*key, _kinds(rows, min_p[0]), alignment(x, rows, min_p[0])),  # type: ignore
+        (
+            *(x, rows, *stats.tensors[:2], *random, *min_p, slots_of(scratch, cut, draws.num_samples)),
+            *(out.tokens, _bytes(out.valid), x.stride(0), x.shape[1], stats.num_groups, per_sample, cut, FILTER_SCAN),
+        ),
+        x.device,
+        num_warps=cut.num_warps,
+        **REGISTERS,
+    )
+
+
+def _bytes(flags: torch.Tensor | None) -> torch.Tensor | None:
+    return None if flags is None else flags.view(torch.int8)
+
+
+def _launch_resolve(
+    x: torch.Tensor,
+    logits: bool,
+    kind: str,
+    draws: Draws,
+    out: Samples,
+    state: tuple[torch.Tensor, ...],
+    scratch: Scratch,
+) -> None:
+    """Draw for the rows that are left open; most rows are not, so open ones are cut finely."""
+    num_samples, vocab_size, rows, tokens = draws.num_samples, x.shape[1], draws.indices, out.tokens
+    random, limited = random_of(draws), kind != "k"
     scan = RESOLVE_SCAN if x.stride(0) * x.element_size() % VECTOR_BYTES == 0 else RESOLVE_SCAN // 2
     tiles = triton.cdiv(vocab_size, scan)
-    splits, per_split = splits_of(num_samples, tiles, 2 * arch_of(x.device).num_sms) if limited else (1, tiles)
+    splits, per_split = splits_of(num_samples, tiles, 8 * arch_of(x.device).num_sms) if limited else (1, tiles)
     partial = scratch.empty((num_samples, splits, 4), torch.float32) if limited else None
     block = triton.next_power_of_2(splits)
+    key = (x.dtype, x.stride(0), vocab_size, logits, random.key, tokens.dtype, alignment(x, rows), scan)
     _resolve(
         (num_samples * splits, 1, 1),
         (key, limited, block, None if rows is None else rows.dtype),
         (
-            *(x, rows, *random, (floats, ints), partial, tokens, x.stride(0), vocab_size, splits, per_split),
+            *(x, rows, *random, state, partial, tokens, x.stride(0), vocab_size, splits, per_split),
             *(limited, block, logits, scan),
         ),
         x.device,
@@ -334,16 +387,17 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, 
 def _search(x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds, scratch: Scratch) -> None:
     """Find top_p's threshold in open rows; each is cut into a power of two parts, or into all its tiles."""
     num_rows, vocab_size = x.shape
-    tiles = triton.cdiv(vocab_size, SCAN)
-    wanted = max(1, 4 * arch_of(x.device).num_sms // num_rows)
+    tiles = triton.cdiv(vocab_size, COLLECT_SCAN)
+    # Finer parts would leave each warp so little room that chance may fill it.
+    wanted = max(1, min(16, 2 * arch_of(x.device).num_sms // num_rows))
     splits, per_split = splits_of(1, tiles, 1 << (wanted.bit_length() - 1))
     block = triton.next_power_of_2(splits)
     collected = scratch.empty((num_rows, FOUND), torch.float32)
-    sums = scratch.empty((num_rows, 3, block), torch.float32)
+    sums = scratch.empty((num_rows, 3, block, COLLECT_WARPS), torch.float32)
     key = (x.dtype, x.stride(0), vocab_size, block, alignment(x))
-    sizes = (x.stride(0), vocab_size, splits, per_split, block, FOUND, False, SCAN)
+    sizes = (x.stride(0), vocab_size, splits, per_split, block, FOUND, COLLECT_WARPS, False, COLLECT_SCAN)
     arguments: tuple[object, ...] = (x, search, collected, sums, *found, *sizes)
-    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=16, **REGISTERS)
+    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=COLLECT_WARPS, **REGISTERS)
     arguments = (x, *found, search, x.stride(0), vocab_size, False, SCAN)
     _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=8, **REGISTERS)
 

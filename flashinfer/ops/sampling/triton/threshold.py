@@ -115,6 +115,7 @@ def threshold_kernel(
         scratch[1] + row * cut.candidates,
         scratch[2] + row * cut.candidates,
     )
+    stats = (group_max, group_sum, row * cut.groups + offs_group, mask)
     lowest = tl.full((), NEG_INF_KEY + 1 if LOGITS else POSITIVE_KEY, tl.int32)
     floor = lowest
     peak = tl.max(group_key, 0)
@@ -128,7 +129,9 @@ def threshold_kernel(
             weight, _shift = group_weights(group_max, group_sum, row * cut.groups + offs_group, mask, LOGITS)
             kept = tl.sum(weight, 0).to(tl.float32)
         if (k < vocab) & (peak >= lowest):
-            floor, kept, _held = hold(x, vocab, shift, group_key, k, 0.0, lowest, slots, True, False, LOGITS, cut, SCAN)
+            floor, kept, _held = hold(
+                x, vocab, shift, group_key, k, 0.0, lowest, slots, stats, True, False, LOGITS, cut, SCAN
+            )
     elif KIND == "min_p":
         floor = tl.maximum(sort_key(tl.max(group_high, 0) * tl.cast(value, tl.float32)), lowest)
         count = gather(x, vocab, group_key, floor, slots, LOGITS, cut)
@@ -146,7 +149,7 @@ def threshold_kernel(
         if (p < 1.0) & (total > 0) & (total < float("inf")):
             everything = tl.cast(vocab, tl.int32)
             floor, _weight, held = hold(
-                x, vocab, shift, group_key, everything, limit, lowest, slots, False, True, LOGITS, cut, SCAN
+                x, vocab, shift, group_key, everything, limit, lowest, slots, stats, False, True, LOGITS, cut, SCAN
             )
             if held >= 0:
                 key, share = candidates(slots, held, shift, LOGITS, cut)
@@ -187,14 +190,15 @@ def collect_kernel(
     tiles_per_split,
     SPLITS: tl.constexpr,
     FOUND: tl.constexpr,
+    WARPS: tl.constexpr,
     LOGITS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     """Grid: rows * num_splits. Top_p's threshold among the tokens of the interval, which the splits of a row collect.
 
     The last one to arrive settles it, or narrows the interval for `settle_kernel` where the guess was wrong or too
-    many tokens lie in it. found: fp32 `[rows, FOUND]`, an equal part for each of SPLITS (num_splits rounded up to 2^n);
-    sums: fp32 `[rows, 3, SPLITS]`: weight above the interval, in it, tokens in it.
+    many tokens lie in it. found: fp32 `[rows, FOUND]`, an equal part for each warp of SPLITS (num_splits rounded up to
+    2^n); sums: fp32 `[rows, 3, SPLITS, WARPS]`: weight above the interval, in it, tokens in it.
     """
     row = (tl.program_id(0) // num_splits).to(tl.int64)
     split = tl.program_id(0) % num_splits
@@ -202,24 +206,29 @@ def collect_kernel(
     if tl.load(ints + OPEN) != 0:
         low = tl.load(ints + LOW)
         high = tl.load(ints + HIGH)
-        ROOM: tl.constexpr = FOUND // SPLITS
-        above = tl.zeros([SCAN], tl.float32)
-        within = tl.zeros([SCAN], tl.float32)
-        count = tl.full((), 0, tl.int32)
+        COLS: tl.constexpr = SCAN // WARPS
+        ROOM: tl.constexpr = FOUND // (SPLITS * WARPS)
+        # A row of the tile is a warp's, so running counts need no other warp.
+        warp = tl.arange(0, WARPS)
+        offs_tile = warp[:, None] * COLS + tl.arange(0, COLS)[None, :]
+        mine = found + row * FOUND + (split * WARPS + warp)[:, None] * ROOM
+        above = tl.zeros([WARPS, COLS], tl.float32)
+        within = tl.zeros([WARPS, COLS], tl.float32)
+        count = tl.zeros([WARPS], tl.int32)
         for i in range(tiles_per_split):
-            offs = (split * tiles_per_split + i) * SCAN + tl.arange(0, SCAN)
-            v = read(x + row * stride, offs, vocab, LOGITS)
+            v = read(x + row * stride, (split * tiles_per_split + i) * SCAN + offs_tile, vocab, LOGITS)
             key = sort_key(v)
             inside = (key > low) & (key <= high)
             above += tl.where(key > high, v, 0.0)
             within += tl.where(inside, v, 0.0)
-            position = count + tl.cumsum(inside.to(tl.int32), 0) - 1
-            tl.store(found + row * FOUND + split * ROOM + position, v, mask=inside & (position < ROOM))
-            count += tl.sum(inside.to(tl.int32), 0)
-        target = sums + row * 3 * SPLITS + split
-        tl.store(target, tl.sum(above, 0))
-        tl.store(target + SPLITS, tl.sum(within, 0))
-        tl.store(target + 2 * SPLITS, count.to(tl.float32))
+            running = tl.cumsum(inside.to(tl.int32), 1)
+            position = count[:, None] + running - 1
+            tl.store(mine + position, v, mask=inside & (position < ROOM))
+            count += tl.sum(inside.to(tl.int32), 1)
+        target = sums + row * 3 * SPLITS * WARPS + split * WARPS + warp
+        tl.store(target, tl.sum(above, 1))
+        tl.store(target + SPLITS * WARPS, tl.sum(within, 1))
+        tl.store(target + 2 * SPLITS * WARPS, count.to(tl.float32))
         tl.debug_barrier()
         arrived = tl.atomic_add(ints + ARRIVED, 1, sem="acq_rel", scope="gpu")
         tl.debug_barrier()
@@ -228,11 +237,11 @@ def collect_kernel(
                 ints,
                 search[1] + row,
                 found + row * FOUND,
-                sums + row * 3 * SPLITS,
-                num_splits,
+                sums + row * 3 * SPLITS * WARPS,
+                num_splits * WARPS,
                 floors + row,
                 weights + row,
-                SPLITS,
+                SPLITS * WARPS,
                 FOUND,
             )
 
@@ -241,7 +250,7 @@ def collect_kernel(
 def settle_collected(
     ints, limit, found, sums, num_splits, floor_at, weight_at, SPLITS: tl.constexpr, FOUND: tl.constexpr
 ):
-    """The threshold from what the splits of a row collected; see `collect_kernel`."""
+    """The threshold from what the warps of all splits of a row collected; see `collect_kernel`."""
     low = tl.load(ints + LOW)
     high = tl.load(ints + HIGH)
     bound = tl.load(limit)
