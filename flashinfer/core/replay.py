@@ -30,7 +30,7 @@ Input = torch.Tensor | Number
 # Launches again with the addresses of the function's tensors, and its Numbers among them; False where the record does
 # not fit them after all, which the first launch of a call says.
 Again = Callable[[list[int]], bool]
-Memory = dict[Hashable, tuple[Again, ...]]
+Memory = dict[Hashable, Again]
 _memories: list[Memory] = []
 _permanent: dict[int, torch.Tensor] = {}
 
@@ -104,13 +104,27 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
             again = memory.get(kind)
         except TypeError:  # something cannot be hashed: the function knows what to say to it
             return function(*arguments)
-        if again is not None and again[0](addresses):
-            for launch in again[1:]:
-                launch(addresses)
+        if again is not None and again(addresses):
             return None
         return _record(memory, kind, tensors, function, arguments)
 
     return call
+
+
+def _in_turn(launches: list[Again]) -> Again:
+    """All launches of a call as one."""
+    if len(launches) == 1:
+        return launches[0]
+    first, *others = launches
+
+    def launch_all(addresses: list[int]) -> bool:
+        if not first(addresses):
+            return False
+        for launch in others:
+            launch(addresses)
+        return True
+
+    return launch_all
 
 
 def _record(
@@ -127,11 +141,11 @@ def _record(
         launches = recording.launches
     finally:
         recording.tensors, recording.launches = outer, []
-    repeatable = tuple(launch for launch in launches if launch is not None)
+    repeatable = [launch for launch in launches if launch is not None]
     if repeatable and len(repeatable) == len(launches) and outer is None:
         if len(memory) >= CAPACITY:
             memory.clear()
-        memory[kind] = repeatable
+        memory[kind] = _in_turn(repeatable)
 
 
 class Template:

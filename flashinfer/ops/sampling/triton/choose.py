@@ -14,8 +14,6 @@ from flashinfer.ops.sampling.triton.verify import chain_kernel, tree_kernel
 
 MIN_GROUP = 8
 MIN_CANDIDATES = 2048
-# What is read again of groups at a time, numbers a thread: selection draws nothing, so its registers have room.
-READ_PER_THREAD = 8
 
 _window_max = Prebound(window_max_kernel)
 _select = Prebound(select_kernel)
@@ -35,7 +33,7 @@ def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.T
     """(values, indices) `[rows, k]`; see the torch implementation."""
     (num_rows, vocab_size), k = x.shape, selection.k
     candidates = max(MIN_CANDIDATES, triton.next_power_of_2(2 * k))
-    cut = cut_of(vocab_size, x.element_size(), candidates, group_for(k, vocab_size), READ_PER_THREAD)
+    cut = cut_of(vocab_size, x.element_size(), candidates, group_for(k, vocab_size))
     tiles = tiles_of(vocab_size, cut)
     values, indices = x.new_empty((num_rows, k)), x.new_empty((num_rows, k), dtype=selection.index_dtype)
     if num_rows == 0:

@@ -21,15 +21,15 @@ from flashinfer.ops.sampling.triton.softmax import softmax_rows_kernel, softmax_
 from flashinfer.ops.sampling.triton.threshold import apply_kernel, collect_kernel, settle_kernel, threshold_kernel
 
 SCAN = 2048
-COLLECT_SCAN = 8192
 # More makes the kernel that also draws spill registers on sm_120.
 FILTER_SCAN = 1024
 # What the sixteen warps of a program that resolves open rows read at a time: half where rows begin off 16 bytes.
 RESOLVE_SCAN = 4096
 # Tokens that are collected of a row to find top_p's threshold among.
 FOUND = 16384
-# Of the kernel that collects them; each warp collects for itself.
-COLLECT_WARPS = 16
+# Into how many parts a row is cut for that, and how many lists a part has, one for each thread.
+COLLECT_SPLITS = 4
+COLLECT_LISTS = 128
 SEARCH_FIELDS = 8
 STATE_FIELDS = 8
 # Two programs of eight warps a multiprocessor. Stated, since ptxas would else spill a few bytes to fit a third.
@@ -385,21 +385,20 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, 
 
 
 def _search(x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds, scratch: Scratch) -> None:
-    """Find top_p's threshold in open rows; each is cut into a power of two parts, or into all its tiles."""
+    """Find top_p's threshold in open rows."""
     num_rows, vocab_size = x.shape
-    tiles = triton.cdiv(vocab_size, COLLECT_SCAN)
-    # Finer parts would leave each warp so little room that chance may fill it.
-    wanted = max(1, min(16, 2 * arch_of(x.device).num_sms // num_rows))
-    splits, per_split = splits_of(1, tiles, 1 << (wanted.bit_length() - 1))
+    # Finer parts would leave each list so little room that chance may fill it.
+    splits, per_split = splits_of(1, triton.cdiv(vocab_size, SCAN), COLLECT_SPLITS)
     block = triton.next_power_of_2(splits)
     collected = scratch.empty((num_rows, FOUND), torch.float32)
-    sums = scratch.empty((num_rows, 3, block, COLLECT_WARPS), torch.float32)
+    sums = scratch.empty((num_rows, 3, block, COLLECT_LISTS), torch.float32)
     key = (x.dtype, x.stride(0), vocab_size, block, alignment(x))
-    sizes = (x.stride(0), vocab_size, splits, per_split, block, FOUND, COLLECT_WARPS, False, COLLECT_SCAN)
-    arguments: tuple[object, ...] = (x, search, collected, sums, *found, *sizes)
-    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=COLLECT_WARPS, **REGISTERS)
-    arguments = (x, *found, search, x.stride(0), vocab_size, False, SCAN)
-    _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=8, **REGISTERS)
+    sizes = (x.stride(0), vocab_size, splits)
+    form = (block, FOUND, COLLECT_LISTS, False, SCAN)
+    arguments: tuple[object, ...] = (x, search, collected, sums, *sizes, per_split, *form)
+    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=COLLECT_LISTS // 32)
+    arguments = (x, *found, search, collected, sums, *sizes, *form)
+    _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=16, **REGISTERS)
 
 
 def keep(
