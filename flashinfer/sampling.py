@@ -154,8 +154,8 @@ def _draw(
 ) -> None:
     """Check and draw; seed, offset: halves, or a tensor."""
     _check_rows("logits" if logits else "probs", x)
-    numbers = [part[0] if len(part) == 1 else ops.Halves(*part) for part in (seed, offset)]
-    draws = _draws(x, _Source(indices, None, *numbers, 0))
+    key, counter = (part[0] if len(part) == 1 else ops.Halves(*part) for part in (seed, offset))
+    draws = _draws(x, _Source(indices, None, key, counter, 0))
     ops.sample_into(ops.Samples(*out), x, logits, _checked(ops.Filters(*filters), x), draws, scratch)  # type: ignore
 
 

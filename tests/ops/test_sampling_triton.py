@@ -185,6 +185,23 @@ def test_fewer_possible_tokens_than_top_k(device: str) -> None:
         assert all(token in (4, LARGE - 1) for token in tokens.tolist())
 
 
+@pytest.mark.parametrize("likely", [1, 2])
+def test_min_p_where_most_tries_miss(likely: int, device: str) -> None:
+    """Each group holds a few tokens that pass and many that just do not: few enough to be held at hand, or not."""
+    vocab = 70_001
+    probs = torch.full((1, vocab), 0.8, device=device)
+    # A group of fp32 numbers is four columns of sixteen stripes of 512.
+    token = torch.arange(vocab, device=device)
+    passing = (token % 8192 < 512) & (token % 4 < likely)
+    probs[:, passing] = 1.0
+    num_samples = 2000 if ON_GPU else 6
+    indices = torch.zeros(num_samples, dtype=torch.int32, device=device)
+    tokens, valid = sample(probs, False, Filters(min_p=0.9), Draws(fresh_seed(), 0, num_samples, indices))
+    assert valid.all()
+    assert passing[tokens.long()].all()
+    assert tokens.unique().numel() > num_samples // 2
+
+
 def test_constant_rows(device: str) -> None:
     """All tokens tie at every threshold."""
     rows = 2 if ON_GPU else 1

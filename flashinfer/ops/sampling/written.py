@@ -30,9 +30,8 @@ def keep(
     out: torch.Tensor, x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, buffer: torch.Tensor | None
 ) -> int:
     """See `reference.mask_logits` and `reference.renormalise`."""
-    name = {"k": "top_k", "p": "top_p", "min_p": "min_p"}[kind]
-    kept = reference.mask_logits(x, parameter) if logits else reference.renormalise(x, Filters(**{name: parameter}))
-    out.copy_(kept)
+    filters = {"k": Filters(parameter), "p": Filters(top_p=parameter), "min_p": Filters(min_p=parameter)}[kind]
+    out.copy_(reference.mask_logits(x, parameter) if logits else reference.renormalise(x, filters))
     return 0
 
 
