@@ -23,9 +23,12 @@ Raises ValueError for a wrong shape, dtype, device, range or parameter.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from flashinfer.core import check
+from flashinfer.core.replay import Number, replayed
 from flashinfer.ops import sampling as ops
 from flashinfer.ops.sampling import Parameter, Seed
 
@@ -34,6 +37,16 @@ Samples = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 INDEX_DTYPES = (torch.int32, torch.int64)
 FILTER_ORDERS = ("top_k_first", "joint")
 PHILOX_STEPS = 32  # random numbers a row that FlashInfer's filtered samplers set aside in the generator
+
+
+class _Source(NamedTuple):
+    """What a call says about its draws; numbers: how many FlashInfer takes of a generator for a row, 0: one a token."""
+
+    indices: torch.Tensor | None
+    generator: torch.Generator | None
+    seed: Seed | None
+    offset: Seed | None
+    numbers: int
 
 
 def _check_rows(name: str, x: torch.Tensor, check_nan: bool = False) -> None:
@@ -72,7 +85,7 @@ def _top_k(value: int | torch.Tensor, x: torch.Tensor) -> int | torch.Tensor:
 
 
 def _seed(name: str, value: Seed, x: torch.Tensor, num_samples: int) -> Seed:
-    """An int, or an int64 tensor of length 1 or `num_samples`."""
+    """A number, or an int64 tensor of length 1 or `num_samples`."""
     if not isinstance(value, torch.Tensor):
         return value
     check.tensor(name, value, dtypes=(torch.int64, torch.uint64), shape=(None,), like=("the input", x))
@@ -100,15 +113,9 @@ def _from_generator(x: torch.Tensor, generator: torch.Generator | None, numbers:
     return generator.initial_seed(), offset
 
 
-def _draws(
-    x: torch.Tensor,
-    indices: torch.Tensor | None,
-    generator: torch.Generator | None,
-    seed: Seed | None,
-    offset: Seed | None,
-    numbers_per_row: int,
-) -> ops.Draws:
-    """Checked rows to draw from, and where the randomness comes from; numbers_per_row: that FlashInfer would use."""
+def _draws(x: torch.Tensor, source: _Source) -> ops.Draws:
+    """Checked rows to draw from, and where the randomness comes from."""
+    indices, generator, seed, offset, numbers = source
     if indices is not None:
         check.tensor("indices", indices, dtypes=INDEX_DTYPES, shape=(None,), like=("the input", x))
         check.index_range("indices", indices, 0, x.shape[0])
@@ -119,8 +126,104 @@ def _draws(
         )
     num_samples = x.shape[0] if indices is None else indices.shape[0]
     if seed is None or offset is None:
-        seed, offset = _from_generator(x, generator, num_samples * numbers_per_row)
+        seed, offset = _from_generator(x, generator, num_samples * (numbers or x.shape[1]))
     return ops.Draws(_seed("seed", seed, x, num_samples), _seed("offset", offset, x, num_samples), num_samples, indices)
+
+
+def _checked(filters: ops.Filters, x: torch.Tensor) -> ops.Filters:
+    """Filters whose parameters are numbers in range, or contiguous tensors of one value for each row of `x`."""
+    top_k, top_p, min_p, joint = filters
+    return ops.Filters(
+        None if top_k is None else _top_k(top_k, x),  # type: ignore[arg-type]
+        None if top_p is None else _check_parameter("top_p", top_p, x, 0, 1),
+        None if min_p is None else _check_parameter("min_p", min_p, x, 0, 1),
+        joint,
+    )
+
+
+@replayed
+def _draw(
+    x: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor | None],
+    scratch: torch.Tensor | None,
+    filters: tuple[Parameter | None, ...],
+    seed: tuple[int, int] | tuple[torch.Tensor],
+    offset: tuple[int, int] | tuple[torch.Tensor],
+    indices: torch.Tensor | None,
+    logits: bool,
+) -> None:
+    """Check and draw; seed, offset: halves, or a tensor."""
+    _check_rows("logits" if logits else "probs", x)
+    key, counter = (part[0] if len(part) == 1 else ops.Halves(*part) for part in (seed, offset))
+    draws = _draws(x, _Source(indices, None, key, counter, 0))
+    ops.sample_into(ops.Samples(*out), x, logits, _checked(ops.Filters(*filters), x), draws, scratch)  # type: ignore
+
+
+def _argument(value: Seed) -> tuple[int, int] | tuple[torch.Tensor]:
+    """For `_draw`: what differs from call to call is no part of what it remembers a call by."""
+    if isinstance(value, torch.Tensor):
+        return (value,)
+    low, high = ops.halves_of(value)  # type: ignore[arg-type]
+    return Number(low), Number(high)
+
+
+def _sampled(
+    x: torch.Tensor,
+    logits: bool,
+    filters: ops.Filters,
+    source: _Source,
+    check_nan: bool = False,
+    return_valid: bool = False,
+) -> Samples:
+    """Tokens drawn from the rows `x`, and whether those had weight if that is asked for."""
+    name = "logits" if logits else "probs"
+    indices, generator, seed, offset, numbers = source
+    plain = x.__class__ is torch.Tensor and x.is_cuda and x.dim() == 2 and not check_nan
+    if (
+        not plain
+        or (indices is not None and indices.__class__ is not torch.Tensor)
+        or (seed is None) != (offset is None)
+    ):
+        _check_rows(name, x, check_nan)
+        draws = _draws(x, source)
+        tokens, valid = ops.sample(x, logits, _checked(filters, x), draws)
+        return (tokens, valid) if return_valid else tokens
+    num_samples = x.shape[0] if indices is None else indices.shape[0]
+    if seed is None or offset is None:
+        seed, offset = _from_generator(x, generator, num_samples * (numbers or x.shape[1]))
+    out = ops.samples_like(x, indices, return_valid)
+    scratch = ops.scratch_for(filters.kind, x, num_samples)
+    _draw(x, tuple(out), scratch, tuple(filters), _argument(seed), _argument(offset), indices, logits)
+    return (out.tokens, out.valid) if return_valid else out.tokens  # type: ignore[return-value]
+
+
+@replayed
+def _softmax(out: torch.Tensor, logits: torch.Tensor, temperature: Parameter, scratch: torch.Tensor | None) -> None:
+    _check_rows("logits", logits)
+    ops.softmax_into(out, logits, _check_parameter("temperature", temperature, logits, 0, torch.inf), scratch)
+
+
+@replayed
+def _keep(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    filters: tuple[Parameter | None, ...],
+    scratch: torch.Tensor | None,
+    logits: bool,
+) -> None:
+    _check_rows("logits" if logits else "probs", x)
+    checked = _checked(ops.Filters(*filters), x)  # type: ignore[arg-type]
+    (parameter,) = (value for value in checked[:3] if value is not None)
+    ops.keep_into(out, x, checked.kind, parameter, logits, scratch)
+
+
+def _kept(x: torch.Tensor, filters: ops.Filters, logits: bool = False) -> torch.Tensor:
+    """What passes the one filter, of probs or logits."""
+    if not isinstance(x, torch.Tensor):
+        _check_rows("logits" if logits else "probs", x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _keep(out, x, tuple(filters), ops.scratch_for("keep_" + filters.kind, x) if x.is_cuda else None, logits)
+    return out
 
 
 def softmax(logits: torch.Tensor, temperature: Parameter | None = None, enable_pdl: bool | None = None) -> torch.Tensor:
@@ -128,9 +231,12 @@ def softmax(logits: torch.Tensor, temperature: Parameter | None = None, enable_p
 
     temperature: a number or `[batch_size]`, default 1. 0 is the limit: the largest logits share all of the probability.
     """
-    _check_rows("logits", logits)
     scale = 1.0 if temperature is None else temperature
-    return ops.softmax(logits, _check_parameter("temperature", scale, logits, 0, torch.inf))
+    if not isinstance(logits, torch.Tensor):
+        _check_rows("logits", logits)
+    out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    _softmax(out, logits, scale, ops.scratch_for("softmax", logits) if logits.is_cuda else None)
+    return out
 
 
 def sampling_from_logits(
@@ -143,9 +249,8 @@ def sampling_from_logits(
     offset: Seed | None = None,
 ) -> torch.Tensor:
     """Draw tokens with probability `softmax(logits)`."""
-    _check_rows("logits", logits, check_nan)
-    draws = _draws(logits, indices, generator, seed, offset, logits.shape[1])
-    return ops.sample(logits, True, ops.Filters(), draws)[0]
+    source = _Source(indices, generator, seed, offset, 0)
+    return _sampled(logits, True, ops.Filters(), source, check_nan)  # type: ignore[return-value]
 
 
 def sampling_from_probs(
@@ -159,9 +264,8 @@ def sampling_from_probs(
     return_valid: bool = False,
 ) -> Samples:
     """Draw tokens with probability `probs`."""
-    _check_rows("probs", probs, check_nan)
-    tokens, valid = ops.sample(probs, False, ops.Filters(), _draws(probs, indices, generator, seed, offset, 1))
-    return (tokens, valid) if return_valid else tokens
+    source = _Source(indices, generator, seed, offset, 1)
+    return _sampled(probs, False, ops.Filters(), source, check_nan, return_valid)
 
 
 def top_p_sampling_from_probs(
@@ -176,11 +280,8 @@ def top_p_sampling_from_probs(
     return_valid: bool = False,
 ) -> Samples:
     """Draw among the fewest most probable tokens that together hold top_p (nucleus sampling)."""
-    _check_rows("probs", probs, check_nan)
-    filters = ops.Filters(top_p=_check_parameter("top_p", top_p, probs, 0, 1))
-    draws = _draws(probs, indices, generator, seed, offset, PHILOX_STEPS)
-    tokens, valid = ops.sample(probs, False, filters, draws)
-    return (tokens, valid) if return_valid else tokens
+    source = _Source(indices, generator, seed, offset, PHILOX_STEPS)
+    return _sampled(probs, False, ops.Filters(top_p=top_p), source, check_nan, return_valid)
 
 
 def top_k_sampling_from_probs(
@@ -195,11 +296,8 @@ def top_k_sampling_from_probs(
     return_valid: bool = False,
 ) -> Samples:
     """Draw among the top_k most probable tokens."""
-    _check_rows("probs", probs, check_nan)
-    filters = ops.Filters(top_k=_top_k(top_k, probs))
-    draws = _draws(probs, indices, generator, seed, offset, PHILOX_STEPS)
-    tokens, valid = ops.sample(probs, False, filters, draws)
-    return (tokens, valid) if return_valid else tokens
+    source = _Source(indices, generator, seed, offset, PHILOX_STEPS)
+    return _sampled(probs, False, ops.Filters(top_k=top_k), source, check_nan, return_valid)
 
 
 def min_p_sampling_from_probs(
@@ -214,10 +312,8 @@ def min_p_sampling_from_probs(
     return_valid: bool = False,
 ) -> Samples:
     """Draw among the tokens at least min_p times as probable as the most probable one."""
-    _check_rows("probs", probs, check_nan)
-    filters = ops.Filters(min_p=_check_parameter("min_p", min_p, probs, 0, 1))
-    tokens, valid = ops.sample(probs, False, filters, _draws(probs, indices, generator, seed, offset, 1))
-    return (tokens, valid) if return_valid else tokens
+    source = _Source(indices, generator, seed, offset, 1)
+    return _sampled(probs, False, ops.Filters(min_p=min_p), source, check_nan, return_valid)
 
 
 def top_k_top_p_sampling_from_probs(
@@ -237,17 +333,14 @@ def top_k_top_p_sampling_from_probs(
 
     filter_apply_order: "top_k_first" measures top_p on what top_k kept, "joint" on the whole row.
     """
-    _check_rows("probs", probs, check_nan)
-    filters = _both_filters(probs, top_k, top_p, filter_apply_order)
-    draws = _draws(probs, indices, generator, seed, offset, PHILOX_STEPS)
-    tokens, valid = ops.sample(probs, False, filters, draws)
-    return (tokens, valid) if return_valid else tokens
+    filters = _both_filters(top_k, top_p, filter_apply_order)
+    source = _Source(indices, generator, seed, offset, PHILOX_STEPS)
+    return _sampled(probs, False, filters, source, check_nan, return_valid)
 
 
-def _both_filters(x: torch.Tensor, top_k: int | torch.Tensor, top_p: Parameter, order: str) -> ops.Filters:
+def _both_filters(top_k: int | torch.Tensor, top_p: Parameter, order: str) -> ops.Filters:
     check.choice("filter_apply_order", order, FILTER_ORDERS)
-    checked = (_top_k(top_k, x), _check_parameter("top_p", top_p, x, 0, 1))
-    return ops.Filters(*checked, joint=order == "joint")
+    return ops.Filters(top_k, top_p, joint=order == "joint")
 
 
 def top_k_top_p_sampling_from_logits(
@@ -263,27 +356,24 @@ def top_k_top_p_sampling_from_logits(
     offset: Seed | None = None,
 ) -> torch.Tensor:
     """`top_k_top_p_sampling_from_probs` of `softmax(logits)`."""
-    _check_rows("logits", logits, check_nan)
-    filters = _both_filters(logits, top_k, top_p, filter_apply_order)
-    return ops.sample(logits, True, filters, _draws(logits, indices, generator, seed, offset, PHILOX_STEPS))[0]
+    filters = _both_filters(top_k, top_p, filter_apply_order)
+    source = _Source(indices, generator, seed, offset, PHILOX_STEPS)
+    return _sampled(logits, True, filters, source, check_nan)  # type: ignore[return-value]
 
 
 def top_p_renorm_probs(probs: torch.Tensor, top_p: Parameter, is_deterministic: bool = False) -> torch.Tensor:
     """probs with all but the fewest most probable tokens that hold top_p set to 0, rows summing to 1; dtype kept."""
-    _check_rows("probs", probs)
-    return ops.renormalise(probs, ops.Filters(top_p=_check_parameter("top_p", top_p, probs, 0, 1)))
+    return _kept(probs, ops.Filters(top_p=top_p))
 
 
 def top_k_renorm_probs(probs: torch.Tensor, top_k: int | torch.Tensor, is_deterministic: bool = False) -> torch.Tensor:
     """probs with all but the top_k most probable tokens set to 0, rows summing to 1; dtype kept."""
-    _check_rows("probs", probs)
-    return ops.renormalise(probs, ops.Filters(top_k=_top_k(top_k, probs)))
+    return _kept(probs, ops.Filters(top_k=top_k))
 
 
 def min_p_renorm_probs(probs: torch.Tensor, min_p: Parameter) -> torch.Tensor:
     """probs with all below min_p times the largest set to 0, rows summing to 1; dtype kept. Not in FlashInfer."""
-    _check_rows("probs", probs)
-    return ops.renormalise(probs, ops.Filters(min_p=_check_parameter("min_p", min_p, probs, 0, 1)))
+    return _kept(probs, ops.Filters(min_p=min_p))
 
 
 def scale_logits(logits: torch.Tensor, temperature: Parameter) -> torch.Tensor:
@@ -297,8 +387,7 @@ def scale_logits(logits: torch.Tensor, temperature: Parameter) -> torch.Tensor:
 
 def top_k_mask_logits(logits: torch.Tensor, top_k: int | torch.Tensor) -> torch.Tensor:
     """logits with all but the top_k largest set to -inf; dtype kept."""
-    _check_rows("logits", logits)
-    return ops.mask_logits(logits, _top_k(top_k, logits))
+    return _kept(logits, ops.Filters(top_k=top_k), logits=True)
 
 
 def chain_speculative_sampling(
@@ -330,7 +419,7 @@ def chain_speculative_sampling(
     for name, total in zip(("accepted_token_num", "emitted_draft_token_num"), totals, strict=True):
         if total is not None:
             check.tensor(f"maybe_output_{name}", total, dtypes=INDEX_DTYPES, shape=(batch_size,), like=like)
-    draws = _draws(target_probs[:, 0], None, generator, seed, offset, length)
+    draws = _draws(target_probs[:, 0], _Source(None, generator, seed, offset, length))
     inputs = (draft_probs.contiguous(), draft_token_ids.contiguous(), target_probs.contiguous())
     tokens, *counts = ops.verify_chain(*inputs, draws)
     accepted, emitted = (new if t is None else t.add_(new) for t, new in zip(totals, counts, strict=True))
@@ -362,7 +451,7 @@ def tree_speculative_sampling(
     check.index_range("draft_token_ids", draft_token_ids[:, 1:], 0, vocab_size)
     check.index_range("first_child", first_child, -1, shape[1])
     check.index_range("next_sibling", next_sibling, -1, shape[1])
-    draws = _draws(target_probs[:, 0], None, generator, seed, offset, shape[1])
+    draws = _draws(target_probs[:, 0], _Source(None, generator, seed, offset, shape[1]))
     tree = ops.Tree(*(x.contiguous() for x in given.values()))
     return ops.verify_tree(tree, target_probs.contiguous(), draws)
 

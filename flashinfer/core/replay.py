@@ -1,8 +1,8 @@
 """Calls seen before, launched again at once: no check, no choice of an implementation, no dispatcher.
 
 Checks made to tell what is wrong take longer than a small kernel, and so does the dispatcher. `replayed` remembers what
-a function did with tensors of some layouts, as long as that was one launch, and does it again with the addresses of the
-next tensors of the same layouts. It goes around torch's dispatcher, so it steps aside wherever something looks on:
+a function did with tensors of some layouts, as long as that was launches only, and does it again with the addresses of
+the next tensors of the same layouts. It goes around torch's dispatcher, so it steps aside wherever something looks on:
 under `torch.compile`, in a dispatch mode, for subclasses of Tensor. Version counters of tensors do not move.
 """
 
@@ -21,19 +21,27 @@ CAPACITY = 8192
 # What has no behaviour of its own.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
-# Launches again with the addresses of the function's tensors; False where the record does not fit them after all.
+
+class Number(int):
+    """An argument that may differ in repeated calls; launches get this very object, as an argument of its own."""
+
+
+Input = torch.Tensor | Number
+# Launches again with the addresses of the function's tensors, and its Numbers among them; False where the record does
+# not fit them after all, which the first launch of a call says.
 Again = Callable[[list[int]], bool]
-_memories: list[dict[Hashable, Again | None]] = []
+Memory = dict[Hashable, Again]
+_memories: list[Memory] = []
 _permanent: dict[int, torch.Tensor] = {}
 
 
 class _Recording(threading.local):
-    """tensors: those of the call under way, None if nothing is recorded. launches: what it launched so far.
+    """tensors: those of the call under way, and its Numbers; None if nothing is recorded. launches: those so far.
 
     An entry is None where that cannot be repeated.
     """
 
-    tensors: list[torch.Tensor] | None = None
+    tensors: list[Input] | None = None
     launches: list[Again | None]
 
 
@@ -55,10 +63,11 @@ def forget() -> None:
 def replayed(function: Callable[..., None]) -> Callable[..., None]:
     """`function`, called with positional arguments only, which repeats calls that differ in addresses only.
 
-    Arguments: tensors, tuples of tensors, hashable values. What the function does may depend on their layouts (shapes,
-    strides, dtypes, devices, alignment to 16 bytes) and on the other values, not on the contents of tensors on a GPU.
+    Arguments: tensors, Numbers, tuples of them, hashable values. What the function does may depend on their layouts
+    (shapes, strides, dtypes, devices, alignment to 16 bytes) and on the other values, not on the Numbers' nor on the
+    contents of tensors on a GPU.
     """
-    memory: dict[Hashable, Again | None] = {}
+    memory: Memory = {}
     _memories.append(memory)
 
     @wraps(function)
@@ -66,7 +75,7 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
         if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
             return function(*arguments)
         key: list[Hashable] = []
-        tensors: list[torch.Tensor] = []
+        tensors: list[Input] = []
         addresses: list[int] = []
         for x in arguments:
             parts = (x,)
@@ -82,6 +91,10 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
                     tensors.append(part)
                     addresses.append(address)
                     key += (part.shape, part.stride(), part.dtype, device, address & 15)
+                elif part.__class__ is Number:
+                    tensors.append(part)
+                    addresses.append(int(part))
+                    key.append(Number)
                 elif isinstance(part, torch.Tensor):
                     return function(*arguments)
                 else:
@@ -98,10 +111,26 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
+def _in_turn(launches: list[Again]) -> Again:
+    """All launches of a call as one."""
+    if len(launches) == 1:
+        return launches[0]
+    first, *others = launches
+
+    def launch_all(addresses: list[int]) -> bool:
+        if not first(addresses):
+            return False
+        for launch in others:
+            launch(addresses)
+        return True
+
+    return launch_all
+
+
 def _record(
-    memory: dict[Hashable, Again | None],
+    memory: Memory,
     kind: Hashable,
-    tensors: list[torch.Tensor],
+    tensors: list[Input],
     function: Callable[..., None],
     arguments: Sequence[Any],
 ) -> None:
@@ -112,23 +141,26 @@ def _record(
         launches = recording.launches
     finally:
         recording.tensors, recording.launches = outer, []
-    if len(launches) == 1 and launches[0] is not None and outer is None:
+    repeatable = [launch for launch in launches if launch is not None]
+    if repeatable and len(repeatable) == len(launches) and outer is None:
         if len(memory) >= CAPACITY:
             memory.clear()
-        memory[kind] = launches[0]
+        memory[kind] = _in_turn(repeatable)
 
 
 class Template:
     """The arguments of a launch, nested as they were, for other addresses of the tensors they came from.
 
-    inputs: the tensors of the recorded call. An argument that is a tensor must begin in exactly one of them, or be
-    permanent; where two inputs begin at one address, they have to in later calls. Raises LookupError where the
-    arguments cannot be told from the inputs.
+    inputs: the tensors and Numbers of the recorded call. An argument that is a tensor must begin in exactly one of
+    them, or be permanent; where two inputs begin at one address, they have to in later calls. Raises LookupError where
+    the arguments cannot be told from the inputs.
     """
 
-    def __init__(self, inputs: list[torch.Tensor], arguments: tuple[Any, ...]) -> None:
-        self._begins = [x.data_ptr() for x in inputs]
-        self._ends = [_end(x) for x in inputs]
+    def __init__(self, inputs: Sequence[Input], arguments: tuple[Any, ...]) -> None:
+        self._numbers = [x if isinstance(x, Number) else None for x in inputs]
+        # A Number lies nowhere: at an address of its own, with no byte in it.
+        self._begins = [-1 - i if isinstance(x, Number) else x.data_ptr() for i, x in enumerate(inputs)]
+        self._ends = [-len(inputs) - 1 if isinstance(x, Number) else _end(x) for x in inputs]
         self._offsets: list[tuple[int, int]] = []
         self._constants: list[Any] = []
         self._tuples: list[Callable[[list[Any]], Any]] = []
@@ -146,6 +178,8 @@ class Template:
     def _visit(self, x: Any) -> tuple[str, int]:
         if isinstance(x, torch.Tensor):
             return self._tensor(x)
+        if isinstance(x, Number):
+            return "address", next(i for i, number in enumerate(self._numbers) if number is x)
         if _holds_tensor(x):
             if len(x) < 2:
                 raise LookupError("a tuple of one")
@@ -187,4 +221,4 @@ def _end(x: torch.Tensor) -> int:
 
 
 def _holds_tensor(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) or (isinstance(x, tuple) and any(map(_holds_tensor, x)))
+    return isinstance(x, (torch.Tensor, Number)) or (isinstance(x, tuple) and any(map(_holds_tensor, x)))

@@ -178,10 +178,28 @@ def test_fewer_possible_tokens_than_top_k(device: str) -> None:
     """Tokens of -inf are not drawn to make up the number."""
     x = torch.full((3, LARGE), -torch.inf, device=device)
     x[:, [4, LARGE - 1]] = 2.0
-    for filters in (Filters(50, 0.9), Filters(top_k=5000), Filters(top_p=0.99)):
+    # The last: more than there are groups, of which enough are expected to be guessed at, see `bracket`.
+    for filters in (Filters(50, 0.9), Filters(top_k=5000), Filters(top_p=0.99), Filters(LARGE // 30)):
         tokens, valid = sample(x, True, filters, Draws(fresh_seed(), 0, 3))
         assert valid.all()
         assert all(token in (4, LARGE - 1) for token in tokens.tolist())
+
+
+@pytest.mark.parametrize("likely", [1, 2])
+def test_min_p_where_most_tries_miss(likely: int, device: str) -> None:
+    """Each group holds a few tokens that pass and many that just do not: few enough to be held at hand, or not."""
+    vocab = 70_001
+    probs = torch.full((1, vocab), 0.8, device=device)
+    # A group of fp32 numbers is four columns of sixteen stripes of 512.
+    token = torch.arange(vocab, device=device)
+    passing = (token % 8192 < 512) & (token % 4 < likely)
+    probs[:, passing] = 1.0
+    num_samples = 2000 if ON_GPU else 6
+    indices = torch.zeros(num_samples, dtype=torch.int32, device=device)
+    tokens, valid = sample(probs, False, Filters(min_p=0.9), Draws(fresh_seed(), 0, num_samples, indices))
+    assert valid.all()
+    assert passing[tokens.long()].all()
+    assert tokens.unique().numel() > num_samples // 2
 
 
 def test_constant_rows(device: str) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashinfer.core import replay
-from flashinfer.core.replay import Template, permanent, recording, replayed
+from flashinfer.core.replay import Number, Template, permanent, recording, replayed
 
 
 def addresses(*tensors: torch.Tensor) -> list[int]:
@@ -108,12 +108,32 @@ def test_anything_else_is_another_call(recorder: Recorder, arguments: tuple[Any,
     assert not recorder.again
 
 
-@pytest.mark.parametrize("launches", [0, 2])
-def test_only_what_launches_once_is_repeated(recorder: Recorder, launches: int) -> None:
-    recorder.launches = launches
+def test_what_launches_nothing_is_not_repeated(recorder: Recorder) -> None:
+    recorder.launches = 0
     for _ in range(2):
         recorder.remembered(torch.zeros(3))
     assert recorder.calls == 2
+
+
+def test_all_launches_of_a_call_are_repeated(recorder: Recorder) -> None:
+    recorder.launches = 3
+    x = torch.zeros(3)
+    for _ in range(2):
+        recorder.remembered(x)
+    assert recorder.calls == 1 and recorder.again == [addresses(x)] * 3
+
+
+def test_numbers_may_change(recorder: Recorder) -> None:
+    x = torch.zeros(3)
+    for value in (5, 6):
+        recorder.remembered(x, (Number(value), None))
+    assert recorder.calls == 1 and recorder.again == [[*addresses(x), 6]]
+
+
+def test_numbers_are_told_by_which_object_they_are() -> None:
+    x, first, second = torch.zeros(3), Number(7), Number(7)
+    template = Template([first, x, second], (7, second, x, (first, 8)))
+    assert template.fill([1, 2, 3]) == (7, 3, 2, (1, 8)) and not template.shared
 
 
 def test_a_refused_repetition_runs_the_function(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from types import ModuleType
 
 import torch
@@ -10,12 +11,24 @@ from flashinfer.core.arch import arch_of
 from flashinfer.core.select import Impl
 from flashinfer.core.select import select as select_impl
 from flashinfer.ops.sampling.elementwise import plus_offsets, scale_logits, through_page_table
-from flashinfer.ops.sampling.spec import Draws, Filters, PageTable, Parameter, RowSpec, Seed, Selection, Tree
+from flashinfer.ops.sampling.spec import (
+    Draws,
+    Filters,
+    Halves,
+    PageTable,
+    Parameter,
+    RowSpec,
+    Samples,
+    Seed,
+    Selection,
+    Tree,
+    halves_of,
+)
 from flashinfer.ops.sampling.support import torch_supports, triton_supports
 
 IMPLS = (
     Impl("triton", "flashinfer.ops.sampling.triton", triton_supports),
-    Impl("torch", "flashinfer.ops.sampling.reference", torch_supports),
+    Impl("torch", "flashinfer.ops.sampling.written", torch_supports),
 )
 
 
@@ -28,41 +41,109 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+# How many bytes of scratch memory a kind of call takes, once one was made.
+_needed: dict[Hashable, int] = {}
+
+
+def scratch_for(kind: str, x: torch.Tensor, num_samples: int = 0) -> torch.Tensor | None:
+    """Scratch memory for a call on a GPU; None before the first one of its kind, which finds out how much it takes."""
+    size = _needed.get((kind, x.shape, x.dtype, x.device, num_samples))
+    return None if size is None else torch.empty(size, dtype=torch.uint8, device=x.device)
+
+
+def _note(size: int, kind: str, x: torch.Tensor, num_samples: int = 0) -> None:
+    _needed[kind, x.shape, x.dtype, x.device, num_samples] = size
+
+
+def softmax_into(
+    out: torch.Tensor, logits: torch.Tensor, temperature: Parameter, scratch: torch.Tensor | None, backend: str = "auto"
+) -> None:
+    """fp32 `softmax(logits / temperature)`; temperature 0 is its limit: the largest logits share all of it.
+
+    scratch: of `scratch_for("softmax", logits)`.
+    """
+    if logits.shape[0] > 0:
+        _note(_impl(logits, backend).softmax(out, _unit_stride(logits), temperature, scratch), "softmax", logits)
+
+
 def softmax(logits: torch.Tensor, temperature: Parameter, backend: str = "auto") -> torch.Tensor:
-    """fp32 `softmax(logits / temperature)`; temperature 0 is its limit: the largest logits share all of it."""
-    result: torch.Tensor = _impl(logits, backend).softmax(_unit_stride(logits), temperature)
-    return result
+    """`softmax_into` a new tensor."""
+    out = torch.empty(logits.shape, dtype=torch.float32, device=logits.device)
+    softmax_into(out, logits, temperature, None, backend)
+    return out
+
+
+def sample_into(
+    out: Samples,
+    rows: torch.Tensor,
+    logits: bool,
+    filters: Filters,
+    draws: Draws,
+    scratch: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """One token for each sample, by its weight among those that pass the filters.
+
+    out: tokens of indices' dtype, else int32; valid: False for a row of zeros or NaN, which gives some token. rows:
+    probs, or logits, `[batch_size, vocab_size]`. scratch: of `scratch_for(filters.kind, ...)`.
+    """
+    if draws.num_samples > 0:
+        size = _impl(rows, backend).sample(_unit_stride(rows), logits, filters, draws, out, scratch)
+        _note(size, filters.kind, rows, draws.num_samples)
+
+
+def samples_like(rows: torch.Tensor, draws_of: torch.Tensor | None, with_valid: bool) -> Samples:
+    """Memory for tokens drawn from all rows, or from those of the indices `draws_of`."""
+    if draws_of is None:
+        tokens = torch.empty(rows.shape[0], dtype=torch.int32, device=rows.device)
+    else:
+        tokens = torch.empty(draws_of.shape, dtype=draws_of.dtype, device=rows.device)
+    return Samples(tokens, torch.empty_like(tokens, dtype=torch.bool) if with_valid else None)
 
 
 def sample(
     rows: torch.Tensor, logits: bool, filters: Filters, draws: Draws, backend: str = "auto"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token for each sample, by its weight among those that pass the filters.
+    """`sample_into` new tensors (tokens, valid)."""
+    out = samples_like(rows, draws.indices, True)
+    sample_into(out, rows, logits, filters, draws, None, backend)
+    assert out.valid is not None
+    return out.tokens, out.valid
 
-    rows: probs, or logits, `[batch_size, vocab_size]`. Returns (tokens `[num_samples]` of indices' dtype, else int32;
-    valid bool `[num_samples]`: False for a row of zeros or NaN, which gives some token).
+
+def keep_into(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    kind: str,
+    parameter: Parameter,
+    logits: bool,
+    scratch: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """What passes one filter. kind: "k", "p" or "min_p", which parameter is.
+
+    Of probs: those that pass over their sum, 0 elsewhere; zeros stay zeros. Of logits (top_k only): those that pass,
+    -inf elsewhere. scratch: of `scratch_for("keep_" + kind, ...)`.
     """
-    if draws.num_samples == 0:
-        dtype = torch.int32 if draws.indices is None else draws.indices.dtype
-        return rows.new_empty(0, dtype=dtype), rows.new_empty(0, dtype=torch.bool)
-    tokens, valid = _impl(rows, backend).sample(_unit_stride(rows), logits, filters, draws)
-    return tokens, valid
+    if x.shape[0] > 0:
+        size = _impl(x, backend).keep(out, _unit_stride(x), kind, parameter, logits, scratch)
+        _note(size, "keep_" + kind, x)
 
 
 def renormalise(probs: torch.Tensor, filters: Filters, backend: str = "auto") -> torch.Tensor:
-    """probs that pass top_k, top_p or min_p (one of them) over their sum, 0 elsewhere; zeros stay zeros."""
-    if probs.shape[0] == 0:
-        return torch.empty_like(probs)
-    result: torch.Tensor = _impl(probs, backend).renormalise(_unit_stride(probs), filters)
-    return result
+    """`keep_into` a new tensor, of probs by the one filter."""
+    parameter = {"k": filters.top_k, "p": filters.top_p, "min_p": filters.min_p}[filters.kind]
+    assert parameter is not None
+    out = torch.empty_like(probs, memory_format=torch.contiguous_format)
+    keep_into(out, probs, filters.kind, parameter, False, None, backend)
+    return out
 
 
 def mask_logits(logits: torch.Tensor, top_k: Parameter, backend: str = "auto") -> torch.Tensor:
-    """logits that are among the top_k largest, -inf elsewhere."""
-    if logits.shape[0] == 0:
-        return torch.empty_like(logits)
-    result: torch.Tensor = _impl(logits, backend).mask_logits(_unit_stride(logits), top_k)
-    return result
+    """`keep_into` a new tensor, of logits by top_k."""
+    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    keep_into(out, logits, "k", top_k, True, None, backend)
+    return out
 
 
 def select(x: torch.Tensor, selection: Selection, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,18 +200,26 @@ __all__ = [
     "IMPLS",
     "Draws",
     "Filters",
+    "Halves",
     "PageTable",
     "Parameter",
+    "Samples",
     "Seed",
     "Selection",
     "Tree",
+    "halves_of",
+    "keep_into",
     "mask_logits",
     "plus_offsets",
     "renormalise",
     "sample",
+    "sample_into",
+    "samples_like",
     "scale_logits",
+    "scratch_for",
     "select",
     "softmax",
+    "softmax_into",
     "through_page_table",
     "verify_chain",
     "verify_tree",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from flashinfer.ops.sampling.elementwise import scale_logits
-from flashinfer.ops.sampling.spec import Draws, Filters, Parameter, Seed, Selection, Tree
+from flashinfer.ops.sampling.spec import Draws, Filters, Halves, Parameter, Seed, Selection, Tree
 
 WEIGHT_BITS = 60
 HEAD = 1024
@@ -150,7 +150,7 @@ def _key(value: Seed, device: torch.device | str) -> torch.Tensor:
     """int64 `[1]` or `[num_samples]` with the bits of a seed or offset."""
     if isinstance(value, torch.Tensor):
         return value
-    bits = value & (2**64 - 1)
+    bits = (value.low & WORD | value.high << 32 if isinstance(value, Halves) else value) & (2**64 - 1)
     return torch.full((1,), bits - 2**64 if bits >> 63 else bits, dtype=torch.int64, device=device)
 
 

@@ -8,7 +8,22 @@ from typing import NamedTuple
 import torch
 
 Parameter = float | torch.Tensor
-Seed = int | torch.Tensor
+
+
+class Halves(NamedTuple):
+    """The low and high 32 bits of a seed or offset, as signed numbers."""
+
+    low: int
+    high: int
+
+
+Seed = int | Halves | torch.Tensor
+
+
+def halves_of(value: int) -> Halves:
+    """The halves of the low 64 bits of `value`."""
+    low, high = value & 0xFFFFFFFF, value >> 32 & 0xFFFFFFFF
+    return Halves(low - (low >> 31 << 32), high - (high >> 31 << 32))
 
 
 @dataclass(frozen=True)
@@ -31,6 +46,24 @@ class Filters(NamedTuple):
     top_p: Parameter | None = None
     min_p: Parameter | None = None
     joint: bool = False
+
+    @property
+    def kind(self) -> str:
+        """Which of them are on: "k", "p", "kp" (top_p of what top_k keeps), "joint", "min_p" or ""."""
+        if self.min_p is not None:
+            return "min_p"
+        if self.top_p is None:
+            return "" if self.top_k is None else "k"
+        if self.top_k is None:
+            return "p"
+        return "joint" if self.joint else "kp"
+
+
+class Samples(NamedTuple):
+    """tokens, int32 or int64 `[num_samples]`, and bool like them or None: whether their rows had weight."""
+
+    tokens: torch.Tensor
+    valid: torch.Tensor | None
 
 
 class Draws(NamedTuple):

@@ -30,6 +30,7 @@ def group_stats_kernel(
     residual,
     group_max,
     group_sum,
+    group_tail,
     stride,
     vocab,
     num_splits,
@@ -40,7 +41,7 @@ def group_stats_kernel(
     """Grid: entries * num_splits. Largest number and weight of each group, fp32 `[entries, cut.groups]`.
 
     Logits' weights are relative to their group's maximum. rows: which row each entry is of, or None; group_max,
-    group_sum: None where not wanted.
+    group_sum, group_tail (of probs: weight of what is above the group's mean): None where not wanted.
     """
     entry = tl.program_id(0) // num_splits
     split = tl.program_id(0) % num_splits
@@ -69,6 +70,10 @@ def group_stats_kernel(
                 else:
                     total = tl.sum(tl.reshape(tl.sum(v, 0), [cut.tile_groups, cut.width]), 1)
                 tl.store(group_sum + target, total)
+                if group_tail is not None:
+                    mean = tl.broadcast_to((total * (1.0 / cut.group))[:, None], [cut.tile_groups, cut.width])
+                    tail = tl.sum(tl.where(v > tl.reshape(mean, [cut.cols])[None, :], v, 0.0), 0)
+                    tl.store(group_tail + target, tl.sum(tl.reshape(tail, [cut.tile_groups, cut.width]), 1))
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "offset_low", "offset_high", "tokens_stride", "num_groups"])

@@ -29,7 +29,8 @@ from flashinfer.ops.sampling.triton.rows import (
     weight_of,
 )
 
-# Draws of a sample: pivots take 0 to 3 (0 is the unfiltered draw), candidates from 16 on, open rows from 128 on.
+# Draws of a sample: pivots take 0 to 3 (0 is the unfiltered draw), min_p 0 to 15, candidates those from 16 on, open
+# rows those from 128 on.
 NUM_PIVOTS = tl.constexpr(4)
 CANDIDATE_DRAW = tl.constexpr(16)
 MAX_ROUNDS = tl.constexpr(64)
@@ -170,6 +171,7 @@ def hold(
     limit,
     lowest,
     slots,
+    stats,
     TOP_K: tl.constexpr,
     NUCLEUS: tl.constexpr,
     LOGITS: tl.constexpr,
@@ -179,23 +181,31 @@ def hold(
     """(floor: the key from which on tokens are kept; their weight; how many candidates hold them, -1 if they do not).
 
     k < vocab (with TOP_K): those that top_k keeps, and all that equal the last of them; right in any case. k = vocab
-    (with NUCLEUS): the heaviest tokens, if they weigh `limit`.
+    (with NUCLEUS): the heaviest tokens, if they weigh `limit`. stats: groups' maxima, sums, offsets, mask.
     """
     low, high = bracket(group_key, k, vocab, lowest, cut)
     above = tl.full((), 0, tl.int32)
     mass = tl.full((), 0.0, tl.float32)
-    if high == TOP_KEY:
+    hopeless = high != high
+    if NUCLEUS:
+        if k >= vocab:
+            # Not even all of these groups weigh enough: spare reading them.
+            weight, _shift = group_weights(stats[0], stats[1], stats[2], stats[3], LOGITS)
+            hopeless = tl.sum(tl.where(group_key >= low, weight, 0.0), 0) < limit
+    if hopeless:
+        count = tl.full((), cut.candidates + 1, tl.int32)
+    elif high == TOP_KEY:
         count = gather(x, vocab, group_key, low, slots, LOGITS, cut)
     else:
         count, above, mass = scan_between(x, vocab, shift, low, high, slots, LOGITS, cut, SCAN)
     floor = lowest
-    weight = tl.full((), 0.0, tl.float32)
+    mass_kept = tl.full((), 0.0, tl.float32)
     held = tl.full((), -1, tl.int32)
     if NUCLEUS:
         if (k >= vocab) & (count <= cut.candidates):
             _keys, share = candidates(slots, count, shift, LOGITS, cut)
-            weight = tl.sum(share, 0)
-            if (weight >= limit) | (low == lowest):
+            mass_kept = tl.sum(share, 0)
+            if (mass_kept >= limit) | (low == lowest):
                 held = count
                 floor = low
     if TOP_K:
@@ -203,7 +213,7 @@ def hold(
             if (count <= cut.candidates) & (above < k) & ((above + count >= k) | (low == lowest)):
                 key, share = candidates(slots, count, shift, LOGITS, cut)
                 floor = kth_largest_key(key, k - above, low, high)
-                weight = mass + tl.sum(tl.where(key >= floor, share, 0.0), 0)
+                mass_kept = mass + tl.sum(tl.where(key >= floor, share, 0.0), 0)
                 if high == TOP_KEY:
                     held = count
             else:
@@ -211,8 +221,8 @@ def hold(
                 bottom = tl.where(high == TOP_KEY, low, lowest)
                 peak = tl.max(group_key, 0) + 1
                 floor = scan_for_kth(x, vocab, k, bottom, peak, LOGITS, SCAN)
-                weight = scan_weight(x, vocab, shift, floor, LOGITS, SCAN)
-    return floor, weight, held
+                mass_kept = scan_weight(x, vocab, shift, floor, LOGITS, SCAN)
+    return floor, mass_kept, held
 
 
 @triton.jit
@@ -251,10 +261,12 @@ def draw_candidate(slots, key, weight, limit, random, sample, cut: tl.constexpr)
 
 
 @triton.jit
-def draw_pivots(x, vocab, weight, offs_group, random, sample, LOGITS: tl.constexpr, cut: tl.constexpr):
-    """Four independent draws from the unfiltered row: (tokens, their numbers), `[NUM_PIVOTS]`."""
+def draw_pivots(
+    x, vocab, weight, offs_group, random, sample, NUM: tl.constexpr, LOGITS: tl.constexpr, cut: tl.constexpr
+):
+    """Independent draws from groups of that weight, draws 0 to NUM - 1: (tokens, their numbers), `[NUM]`."""
     keys, seed_low, seed_high, offset_low, offset_high = random
-    draw = tl.arange(0, NUM_PIVOTS)
+    draw = tl.arange(0, NUM)
     a, b, c, _d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
     wide = uniform_wide(a, b)
     total = tl.sum(weight, 0)
@@ -262,7 +274,7 @@ def draw_pivots(x, vocab, weight, offs_group, random, sample, LOGITS: tl.constex
     # A group without weight is below every target: so the weights themselves are not held on.
     running = tl.where(weight > 0, tl.cumsum(weight, 0), -1.0)
     group = draw * 0
-    for i in range(NUM_PIVOTS):
+    for i in range(NUM):
         u = tl.sum(tl.where(draw == i, wide, 0.0), 0)
         first = tl.min(tl.where(running > u * total, offs_group, TOP_KEY), 0)
         group = tl.where(draw == i, tl.where(first == TOP_KEY, last, first), group)
@@ -277,6 +289,22 @@ def draw_pivots(x, vocab, weight, offs_group, random, sample, LOGITS: tl.constex
     return tl.sum(tl.where(at, offs, 0), 1), tl.max(tl.where(at, v, NEG_INF), 1)
 
 
+@triton.jit
+def weight_above(
+    pivot, group_max, group_tail, offs_stats, mask, weight, shift, LOGITS: tl.constexpr, cut: tl.constexpr
+):
+    """Bounds, fp64, of what the row's tokens above `pivot` weigh, by the statistics of its groups alone."""
+    high = tl.load(group_max + offs_stats, mask=mask, other=NEG_INF)
+    most = tl.where(high > pivot, weight, 0.0)
+    least = tl.where(high > pivot, weight_of(high, shift, LOGITS).to(tl.float64), 0.0)
+    if group_tail is not None:
+        tail = tl.load(group_tail + offs_stats, mask=mask, other=0.0).to(tl.float64)
+        mean = weight.to(tl.float32) * (1.0 / cut.group)
+        most = tl.where((high > pivot) & (mean <= pivot), tail, most)
+        least = tl.where(mean >= pivot, tl.maximum(tail, least), least)
+    return tl.sum(least, 0), tl.sum(most, 0)
+
+
 @triton.jit(
     do_not_specialize=["seed_low", "seed_high", "offset_low", "offset_high", "num_groups", "k_value", "p_value"]
 )
@@ -285,6 +313,7 @@ def filter_kernel(
     rows,
     group_max,
     group_sum,
+    group_tail,
     keys,
     seed_low,
     seed_high,
@@ -308,8 +337,9 @@ def filter_kernel(
 ):
     """Grid: samples. One draw each from the row's tokens that pass; see `resolve_kernel` for those left open.
 
-    KIND: which filters: "k", "p", "kp" (top_p of what top_k keeps), "joint", "min_p" (in top_p's place). top_k, top_p:
-    `[rows]` or None for the values. scratch: group list, candidates' numbers and tokens, floats and ints of the state.
+    KIND: which filters: "k", "p", "kp" (top_p of what top_k keeps), "joint". top_k, top_p: `[rows]` or None for the
+    values. group_tail: None, or what the tokens above their group's mean weigh. scratch: group list, candidates'
+    numbers and tokens, floats and ints of the state.
     """
     sample = tl.program_id(0)
     row = sample
@@ -348,22 +378,16 @@ def filter_kernel(
     limit = tl.full((), float("inf"), tl.float32)
     held = tl.full((), -1, tl.int32)
     if usable:
-        if KIND == "min_p":
-            floor = tl.maximum(sort_key(tl.max(group_high, 0) * p), lowest)
-            if p > 0:
-                count = gather(x, vocab, group_key, floor, slots, LOGITS, cut)
-                if count <= cut.candidates:
-                    held = count
-        else:
-            unlimited = p >= 1.0
-            if (k < vocab) | (unlimited == 0):
-                TOP_K: tl.constexpr = KIND != "p"
-                mass = (p * total).to(tl.float32)
-                floor, share, held = hold(
-                    x, vocab, shift, group_key, k, mass, lowest, slots, TOP_K, KIND != "k", LOGITS, cut, SCAN
-                )
-                if unlimited == 0:
-                    limit = tl.where(k < vocab, p * share, mass) if KIND == "kp" else mass
+        unlimited = p >= 1.0
+        if (k < vocab) | (unlimited == 0):
+            TOP_K: tl.constexpr = KIND != "p"
+            mass = (p * total).to(tl.float32)
+            stats = (group_max, group_sum, offs_stats, mask)
+            floor, share, held = hold(
+                x, vocab, shift, group_key, k, mass, lowest, slots, stats, TOP_K, KIND != "k", LOGITS, cut, SCAN
+            )
+            if unlimited == 0:
+                limit = tl.where(k < vocab, p * share, mass) if KIND == "kp" else mass
     token = tl.full((), 0, tl.int32)
     is_open = tl.full((), 0, tl.int32)
     if held >= 0:
@@ -372,12 +396,22 @@ def filter_kernel(
     elif usable:
         # Read again rather than held in registers all the while.
         weight, shift = group_weights(group_max, group_sum, offs_stats, mask, LOGITS)
-        pivot_tokens, pivots = draw_pivots(x, vocab, weight, offs_group, random, sample, LOGITS, cut)
+        pivot_tokens, pivots = draw_pivots(x, vocab, weight, offs_group, random, sample, NUM_PIVOTS, LOGITS, cut)
         order = tl.arange(0, NUM_PIVOTS)
-        passing = tl.where(limit == float("inf"), sort_key(pivots), NO_KEY) >= floor
-        first = tl.min(tl.where(passing, order, NUM_PIVOTS), 0)
-        token = tl.sum(tl.where(order == first, pivot_tokens, 0), 0)
-        is_open = (first == NUM_PIVOTS).to(tl.int32)
+        # The first pivot that passes is the answer, unless one before it may pass as well.
+        is_open = tl.full((), 1, tl.int32)
+        searching = tl.full((), 1, tl.int32)
+        for i in range(NUM_PIVOTS):
+            if searching != 0:
+                pivot = tl.max(tl.where(order == i, pivots, NEG_INF), 0)
+                in_reach = sort_key(pivot) >= floor
+                least, most = weight_above(pivot, group_max, group_tail, offs_stats, mask, weight, shift, LOGITS, cut)
+                if in_reach & ((most < limit) | (most <= 0)):
+                    token = tl.sum(tl.where(order == i, pivot_tokens, 0), 0)
+                    is_open = tl.full((), 0, tl.int32)
+                    searching = tl.full((), 0, tl.int32)
+                elif in_reach & (least < limit * 1.0001):
+                    searching = tl.full((), 0, tl.int32)
         floats = scratch[3] + wide_sample * 8
         ints = scratch[4] + wide_sample * 8
         tl.store(floats + order, pivots)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flashinfer.core.launch import Prebound
-from flashinfer.ops.sampling.spec import Draws, Filters, Selection, Tree
+from flashinfer.ops.sampling.spec import Draws, Filters, Parameter, Samples, Selection, Tree
 from flashinfer.ops.sampling.triton import choose, launch
 from flashinfer.testing.gate import ALL_ARCHS, Constant, GateCase, Typed, case_of
 
@@ -44,15 +44,32 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def sampled(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> None:
+    """Tokens, and which rows had weight."""
+    dtype = torch.int32 if draws.indices is None else draws.indices.dtype
+    out = Samples(_empty(draws.num_samples, dtype=dtype), _empty(draws.num_samples, dtype=torch.bool))
+    launch.sample(x, logits, filters, draws, out, None)
+
+
+def softmax(x: torch.Tensor, temperature: Parameter) -> None:
+    """fp32 softmax."""
+    launch.softmax(_empty(*x.shape), x, temperature, None)
+
+
+def kept(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool = False) -> None:
+    """What passes a filter."""
+    launch.keep(torch.empty_like(x), x, kind, parameter, logits, None)
+
+
 def everywhere() -> Iterator[tuple[str, Call]]:
     """Calls that launch every kernel; of a kernel with branches chosen at compile time, the form that has the most."""
     probs, half = _empty(16, VOCAB), _empty(16, VOCAB, dtype=torch.bfloat16)
     k, p = _empty(16, dtype=torch.int32), _empty(16)
     draws, tokens = Draws(_empty(1, dtype=torch.int64), 0, 16), _empty(16, 5, dtype=torch.int32)
-    yield "top_k_top_p", lambda: launch.sample(half, True, Filters(k, p), draws)
-    yield "softmax", lambda: launch.softmax(_empty(2, VOCAB), p)
-    yield "softmax_rows", lambda: launch.softmax(_empty(512, VOCAB, dtype=torch.bfloat16), 0.7)
-    yield "top_p_renorm", lambda: launch.renormalise(probs, Filters(top_p=p))
+    yield "top_k_top_p", lambda: sampled(half, True, Filters(k, p), draws)
+    yield "softmax", lambda: softmax(_empty(2, VOCAB), p)
+    yield "softmax_rows", lambda: softmax(_empty(512, VOCAB, dtype=torch.bfloat16), 0.7)
+    yield "top_p_renorm", lambda: kept(probs, "p", p)
     yield "select", lambda: choose.select(half, Selection(512, 2, False, k, k))
     target = _empty(16, 5, VOCAB)
     yield "chain", lambda: choose.verify_chain(_empty(16, 4, VOCAB), tokens[:, :4], target, draws)
@@ -68,14 +85,14 @@ def on_hopper() -> Iterator[tuple[str, Call]]:
     odd = _empty(16, 50257, dtype=torch.float16)
     p, k = _empty(16), _empty(16, dtype=torch.int32)
     chosen = Draws(5, 6, 40, _empty(40, dtype=torch.int64))
-    yield "from_logits", lambda: launch.sample(half, True, Filters(), chosen)
-    yield "top_p", lambda: launch.sample(probs, False, Filters(top_p=0.9), chosen)
+    yield "from_logits", lambda: sampled(half, True, Filters(), chosen)
+    yield "top_p", lambda: sampled(probs, False, Filters(top_p=0.9), chosen)
     # What top_k alone compiles is a part of what top_k and top_p do.
-    yield "min_p", lambda: launch.sample(probs, False, Filters(min_p=p), Draws(5, 6, 16))
-    yield "joint", lambda: launch.sample(odd, False, Filters(50, p, joint=True), Draws(5, 6, 16))
-    yield "min_p_renorm", lambda: launch.renormalise(probs, Filters(min_p=p))
-    yield "top_k_renorm", lambda: launch.renormalise(half, Filters(top_k=50))
-    yield "top_k_mask", lambda: launch.mask_logits(half, k)
+    yield "min_p", lambda: sampled(probs, False, Filters(min_p=p), Draws(5, 6, 16))
+    yield "joint", lambda: sampled(odd, False, Filters(50, p, joint=True), Draws(5, 6, 16))
+    yield "min_p_renorm", lambda: kept(probs, "min_p", p)
+    yield "top_k_renorm", lambda: kept(half, "k", 50)
+    yield "top_k_mask", lambda: kept(half, "k", k, True)
     yield "select_2048", lambda: choose.select(half, Selection(2048))
 
 

@@ -10,11 +10,13 @@ import triton
 
 from flashinfer.core.arch import arch_of
 from flashinfer.core.launch import Prebound, alignment
-from flashinfer.ops.sampling.spec import Draws, Filters, Parameter
+from flashinfer.ops.sampling.spec import Draws, Filters, Halves, Parameter, Samples, Seed, halves_of
 from flashinfer.ops.sampling.triton.draw import draw_kernel, group_stats_kernel
 from flashinfer.ops.sampling.triton.filter import filter_kernel
+from flashinfer.ops.sampling.triton.min_p import min_p_kernel
 from flashinfer.ops.sampling.triton.resolve import resolve_kernel
 from flashinfer.ops.sampling.triton.rows import NO_RESIDUAL, STATS_WARPS, VECTOR_BYTES, Cut, Keys, Residual, cut_of
+from flashinfer.ops.sampling.triton.scratch import Scratch
 from flashinfer.ops.sampling.triton.softmax import softmax_rows_kernel, softmax_state_kernel, softmax_write_kernel
 from flashinfer.ops.sampling.triton.threshold import apply_kernel, collect_kernel, settle_kernel, threshold_kernel
 
@@ -24,7 +26,10 @@ FILTER_SCAN = 1024
 # What the sixteen warps of a program that resolves open rows read at a time: half where rows begin off 16 bytes.
 RESOLVE_SCAN = 4096
 # Tokens that are collected of a row to find top_p's threshold among.
-FOUND = 8192
+FOUND = 16384
+# Into how many parts a row is cut for that, and how many lists a part has, one for each thread.
+COLLECT_SPLITS = 4
+COLLECT_LISTS = 128
 SEARCH_FIELDS = 8
 STATE_FIELDS = 8
 # Two programs of eight warps a multiprocessor. Stated, since ptxas would else spill a few bytes to fit a third.
@@ -39,6 +44,7 @@ APPLY_TILE = 4096
 _stats = Prebound(group_stats_kernel)
 _draw = Prebound(draw_kernel)
 _filter = Prebound(filter_kernel)
+_min_p = Prebound(min_p_kernel)
 _resolve = Prebound(resolve_kernel)
 _softmax_rows = Prebound(softmax_rows_kernel)
 _softmax_state = Prebound(softmax_state_kernel)
@@ -64,11 +70,10 @@ class Random(NamedTuple):
         return seed is None, offset is None, self.keys.seed_stride, self.keys.offset_stride, alignment(seed, offset)
 
 
-def _halves(value: Parameter) -> tuple[int, int]:
-    if isinstance(value, torch.Tensor):
-        return 0, 0
-    bits = int(value) & (2**64 - 1)
-    return tuple(half - 2**32 if half >> 31 else half for half in (bits & (2**32 - 1), bits >> 32))  # type: ignore
+def _halves(value: Seed) -> Halves:
+    if isinstance(value, Halves):
+        return value
+    return Halves(0, 0) if isinstance(value, torch.Tensor) else halves_of(value)
 
 
 def random_of(draws: Draws) -> Random:
@@ -94,34 +99,42 @@ class Stats(NamedTuple):
 
     group_max: torch.Tensor | None
     group_sum: torch.Tensor | None
+    group_tail: torch.Tensor | None
     num_groups: int
+
+    @property
+    def tensors(self) -> tuple[torch.Tensor | None, ...]:
+        return self[:3]
 
 
 def group_stats(
     x: torch.Tensor,
     cut: Cut,
     logits: bool,
-    wanted: tuple[bool, bool],
+    wanted: tuple[bool, ...],
+    scratch: Scratch,
     rows: torch.Tensor | None = None,
     residual: Residual = NO_RESIDUAL,
 ) -> Stats:
-    """Statistics of each row of `x`, or of the rows `rows`; wanted: maxima, sums."""
+    """Statistics of each row of `x`, or of the rows `rows`; wanted: maxima, sums, of probs also tails."""
     entries, vocab_size = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
     tiles = tiles_of(vocab_size, cut)
     splits, per_split = splits_of(entries, tiles, 16 * arch_of(x.device).num_sms)
-    high, total = (x.new_empty((entries, cut.groups), dtype=torch.float32) if want else None for want in wanted)
+    shape = (entries, cut.groups)
+    tensors = [scratch.empty(shape, torch.float32) if want else None for want in wanted]
+    high, total, tail = (*tensors, None, None)[:3]
     parts = tuple(residual)
     pointers = [p for p in parts if not isinstance(p, int)]
     key = (x.dtype, x.stride(0), vocab_size, logits, wanted, cut, alignment(x, rows, *pointers), _kinds(rows, *parts))
     _stats(
         (entries * splits, 1, 1),
         key,
-        (x, rows, residual, high, total, x.stride(0), vocab_size, splits, per_split, logits, cut),
+        (x, rows, residual, high, total, tail, x.stride(0), vocab_size, splits, per_split, logits, cut),
         x.device,
         num_warps=STATS_WARPS,
         **(REGISTERS if residual is NO_RESIDUAL else {}),
     )
-    return Stats(high, total, tiles * cut.tile_groups)
+    return Stats(high, total, tail, tiles * cut.tile_groups)
 
 
 def _kinds(*arguments: torch.Tensor | int | None) -> Hashable:
@@ -142,19 +155,19 @@ class Places(NamedTuple):
     place: torch.Tensor | None
 
 
-def draw(x: torch.Tensor, logits: bool, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
+def _draw_all(x: torch.Tensor, logits: bool, draws: Draws, out: Samples, scratch: Scratch) -> None:
     """One token for each sample by its weight alone."""
     cut = cut_of(x.shape[1], x.element_size())
     per_sample = draws.indices is None or draws.num_samples <= x.shape[0]
-    stats = group_stats(x, cut, logits, (logits, True), draws.indices if per_sample else None)
-    tokens, valid = _outputs(x, draws)
-    _launch_draw(x, logits, draws, stats, per_sample, Places(draws.indices, NO_RESIDUAL, tokens, None), valid)
-    return tokens, valid
+    stats = group_stats(x, cut, logits, (logits, True), scratch, draws.indices if per_sample else None)
+    places = Places(draws.indices, NO_RESIDUAL, out.tokens, None)
+    _launch_draw(x, logits, draws, stats, per_sample, places, out.valid)
 
 
 def draw_into(x: torch.Tensor, draws: Draws, places: Places) -> None:
     """One token for each sample by its weight among probs `x`, less the residual."""
-    stats = group_stats(x, cut_of(x.shape[1], x.element_size()), False, (False, True), places.rows, places.residual)
+    cut = cut_of(x.shape[1], x.element_size())
+    stats = group_stats(x, cut, False, (False, True), Scratch(x, None), places.rows, places.residual)
     _launch_draw(x, False, draws, stats, True, places, None)
 
 
@@ -171,34 +184,19 @@ def _launch_draw(
     rows, residual, tokens, place = places
     parts = tuple(residual)
     pointers = [p for p in parts if not isinstance(p, int)]
-    key = (x.dtype, x.stride(0), x.shape[1], logits, per_sample, cut, random.key, tokens.dtype)
+    key = (x.dtype, x.stride(0), x.shape[1], logits, per_sample, cut, random.key, tokens.dtype, valid is None)
     key = (*key, alignment(x, rows, place, *pointers), _kinds(rows, place, *parts))
     _draw(
         (draws.num_samples, 1, 1),
         key,
         (
             *(x, rows, residual, stats.group_max, stats.group_sum, *random, tokens, place, tokens.stride(0)),
-            *(None if valid is None else valid.view(torch.int8), x.stride(0), x.shape[1], stats.num_groups),
+            *(_bytes(valid), x.stride(0), x.shape[1], stats.num_groups),
             *(per_sample, logits, cut),
         ),
         x.device,
         num_warps=cut.num_warps,
     )
-
-
-def _outputs(x: torch.Tensor, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-    dtype = torch.int32 if draws.indices is None else draws.indices.dtype
-    return x.new_empty(draws.num_samples, dtype=dtype), x.new_empty(draws.num_samples, dtype=torch.bool)
-
-
-def _kind_of(filters: Filters) -> str:
-    if filters.min_p is not None:
-        return "min_p"
-    if filters.top_p is None:
-        return "k"
-    if filters.top_k is None:
-        return "p"
-    return "joint" if filters.joint else "kp"
 
 
 def pointer_and_value(parameter: Parameter | None, off: float, largest: int | None = None) -> tuple[object, float]:
@@ -209,68 +207,119 @@ def pointer_and_value(parameter: Parameter | None, off: float, largest: int | No
     return None, int(min(number, largest)) if largest is not None else float(number)
 
 
-def _scratch(x: torch.Tensor, cut: Cut, n: int) -> tuple[torch.Tensor, ...]:
+def slots_of(scratch: Scratch, cut: Cut, n: int) -> tuple[torch.Tensor, ...]:
+    """Where `gather` puts groups, and candidates' numbers and tokens."""
     return (
-        x.new_empty((n, cut.groups), dtype=torch.int32),
-        x.new_empty((n, cut.candidates), dtype=torch.float32),
-        x.new_empty((n, cut.candidates), dtype=torch.int32),
+        scratch.empty((n, cut.groups), torch.int32),
+        scratch.empty((n, cut.candidates), torch.float32),
+        scratch.empty((n, cut.candidates), torch.int32),
     )
 
 
-def sample(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token for each sample among those that pass the filters; see `flashinfer.ops.sampling.sample`."""
-    if filters.top_k is None and filters.top_p is None and filters.min_p is None:
-        return draw(x, logits, draws)
-    num_samples, vocab_size, rows = draws.num_samples, x.shape[1], draws.indices
-    cut = cut_of(vocab_size, x.element_size())
-    per_sample = rows is None or num_samples <= x.shape[0]
-    stats = group_stats(x, cut, logits, (True, True), rows if per_sample else None)
-    tokens, valid = _outputs(x, draws)
-    floats = x.new_empty((num_samples, STATE_FIELDS), dtype=torch.float32)
-    ints = x.new_empty((num_samples, STATE_FIELDS), dtype=torch.int32)
-    random, kind = random_of(draws), _kind_of(filters)
+def sample(
+    x: torch.Tensor, logits: bool, filters: Filters, draws: Draws, out: Samples, buffer: torch.Tensor | None
+) -> int:
+    """One token for each sample among those that pass the filters; see `flashinfer.ops.sampling.sample_into`."""
+    scratch = Scratch(x, buffer)
+    if filters.kind == "":
+        _draw_all(x, logits, draws, out, scratch)
+    else:
+        _draw_filtered(x, logits, filters, draws, out, scratch)
+    return scratch.needed
+
+
+def _draw_filtered(
+    x: torch.Tensor, logits: bool, filters: Filters, draws: Draws, out: Samples, scratch: Scratch
+) -> None:
+    """One token for each sample among those that pass the filters."""
+    kind, rows = filters.kind, draws.indices
+    cut = cut_of(x.shape[1], x.element_size())
+    per_sample = rows is None or draws.num_samples <= x.shape[0]
+    wanted = (True, True, kind == "p" and not logits)
+    stats = group_stats(x, cut, logits, wanted, scratch, rows if per_sample else None)
+    if kind == "min_p":
+        _launch_min_p(x, filters, draws, stats, per_sample, out, scratch)
+        return
+    num_samples, vocab_size = draws.num_samples, x.shape[1]
+    floats, ints = (scratch.empty((num_samples, STATE_FIELDS), t) for t in (torch.float32, torch.int32))
+    random, tokens = random_of(draws), out.tokens
     top_k = pointer_and_value(filters.top_k, vocab_size, vocab_size)
-    top_p = pointer_and_value(filters.min_p if kind == "min_p" else filters.top_p, 1.0)
+    top_p = pointer_and_value(filters.top_p, 1.0)
     key = (x.dtype, x.stride(0), vocab_size, logits, cut, random.key, tokens.dtype, alignment(x, rows))
-    filter_key = (key, kind, per_sample, _kinds(rows, top_k[0], top_p[0]), alignment(top_k[0], top_p[0]))  # type: ignore
+    filter_key = (key, kind, per_sample, out.valid is None, _kinds(rows, top_k[0], top_p[0]))  # type: ignore
     _filter(
         (num_samples, 1, 1),
-        filter_key,
+        (*filter_key, alignment(top_k[0], top_p[0])),  # type: ignore
         (
-            *(x, rows, stats.group_max, stats.group_sum, *random, *top_k, *top_p),
-            *((*_scratch(x, cut, num_samples), floats, ints), tokens, valid.view(torch.int8)),
+            *(x, rows, *stats.tensors, *random, *top_k, *top_p),
+            *((*slots_of(scratch, cut, num_samples), floats, ints), tokens, _bytes(out.valid)),
             *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut, FILTER_SCAN),
         ),
         x.device,
         num_warps=cut.num_warps,
         **REGISTERS,
     )
-    limited = kind in ("p", "kp", "joint")
+    _launch_resolve(x, logits, kind, draws, out, (floats, ints), scratch)
+
+
+def _launch_min_p(
+    x: torch.Tensor, filters: Filters, draws: Draws, stats: Stats, per_sample: bool, out: Samples, scratch: Scratch
+) -> None:
+    cut, random, rows = cut_of(x.shape[1], x.element_size()), random_of(draws), draws.indices
+    min_p = pointer_and_value(filters.min_p, 0.0)
+    key = (x.dtype, x.stride(0), x.shape[1], cut, random.key, out.tokens.dtype, per_sample, out.valid is None)
+    _min_p(
+        (draws.num_samples, 1, 1),
+        (*key, _kinds(rows, min_p[0]), alignment(x, rows, min_p[0])),  # type: ignore
+        (
+            *(x, rows, *stats.tensors[:2], *random, *min_p, slots_of(scratch, cut, draws.num_samples)),
+            *(out.tokens, _bytes(out.valid), x.stride(0), x.shape[1], stats.num_groups, per_sample, cut, FILTER_SCAN),
+        ),
+        x.device,
+        num_warps=cut.num_warps,
+        **REGISTERS,
+    )
+
+
+def _bytes(flags: torch.Tensor | None) -> torch.Tensor | None:
+    return None if flags is None else flags.view(torch.int8)
+
+
+def _launch_resolve(
+    x: torch.Tensor,
+    logits: bool,
+    kind: str,
+    draws: Draws,
+    out: Samples,
+    state: tuple[torch.Tensor, ...],
+    scratch: Scratch,
+) -> None:
+    """Draw for the rows that are left open; most rows are not, so open ones are cut finely."""
+    num_samples, vocab_size, rows, tokens = draws.num_samples, x.shape[1], draws.indices, out.tokens
+    random, limited = random_of(draws), kind != "k"
     scan = RESOLVE_SCAN if x.stride(0) * x.element_size() % VECTOR_BYTES == 0 else RESOLVE_SCAN // 2
     tiles = triton.cdiv(vocab_size, scan)
-    splits, per_split = splits_of(num_samples, tiles, 2 * arch_of(x.device).num_sms) if limited else (1, tiles)
-    partial = x.new_empty((num_samples, splits, 4), dtype=torch.float32) if limited else None
+    splits, per_split = splits_of(num_samples, tiles, 8 * arch_of(x.device).num_sms) if limited else (1, tiles)
+    partial = scratch.empty((num_samples, splits, 4), torch.float32) if limited else None
     block = triton.next_power_of_2(splits)
+    key = (x.dtype, x.stride(0), vocab_size, logits, random.key, tokens.dtype, alignment(x, rows), scan)
     _resolve(
         (num_samples * splits, 1, 1),
         (key, limited, block, None if rows is None else rows.dtype),
         (
-            *(x, rows, *random, (floats, ints), partial, tokens, x.stride(0), vocab_size, splits, per_split),
+            *(x, rows, *random, state, partial, tokens, x.stride(0), vocab_size, splits, per_split),
             *(limited, block, logits, scan),
         ),
         x.device,
         num_warps=16,
         **REGISTERS,
     )
-    return tokens, valid
 
 
-def softmax(logits: torch.Tensor, temperature: Parameter) -> torch.Tensor:
+def softmax(out: torch.Tensor, logits: torch.Tensor, temperature: Parameter, buffer: torch.Tensor | None) -> int:
     """fp32 softmax; one program a row once there are rows enough for every multiprocessor."""
     num_rows, vocab_size = logits.shape
-    out = logits.new_empty((num_rows, vocab_size), dtype=torch.float32)
-    if num_rows == 0:
-        return out
+    scratch = Scratch(logits, buffer)
     pointer, value = pointer_and_value(temperature, 1.0)
     key = (logits.dtype, logits.stride(0), vocab_size, _kinds(pointer), alignment(logits, pointer))  # type: ignore
     sizes = (pointer, value, logits.stride(0), vocab_size)
@@ -278,16 +327,16 @@ def softmax(logits: torch.Tensor, temperature: Parameter) -> torch.Tensor:
     if num_rows >= num_sms:
         arguments = (logits, out, *sizes, SOFTMAX_HELD, SOFTMAX_ROW_TILE, SOFTMAX_STAGES)
         _softmax_rows((num_rows, 1, 1), key, arguments, logits.device, num_warps=16, **REGISTERS)
-        return out
+        return 0
     tiles = triton.cdiv(vocab_size, SOFTMAX_TILE)
     splits, per_split = splits_of(num_rows, tiles, 4 * num_sms)
-    state = logits.new_empty((num_rows, splits, 2), dtype=torch.float32)
+    state = scratch.empty((num_rows, splits, 2), torch.float32)
     arguments = (logits, state, *sizes, splits, per_split, SOFTMAX_TILE)
     _softmax_state((num_rows * splits, 1, 1), key, arguments, logits.device, num_warps=8)
     block = triton.next_power_of_2(splits)
     arguments = (logits, out, state, *sizes, splits, tiles, block, SOFTMAX_TILE)
     _softmax_write((num_rows * tiles, 1, 1), (key, block), arguments, logits.device, num_warps=8)
-    return out
+    return scratch.needed
 
 
 class Thresholds(NamedTuple):
@@ -297,34 +346,32 @@ class Thresholds(NamedTuple):
     weights: torch.Tensor
 
 
-def _apply_thresholds(x: torch.Tensor, found: Thresholds, logits: bool) -> torch.Tensor:
+def _apply_thresholds(out: torch.Tensor, x: torch.Tensor, found: Thresholds, logits: bool) -> None:
     num_rows, vocab_size = x.shape
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     tiles = triton.cdiv(vocab_size, APPLY_TILE)
-    key = (x.dtype, x.stride(0), vocab_size, logits, alignment(x))
+    key = (x.dtype, x.stride(0), vocab_size, logits, alignment(x, out))
     arguments = (x, out, *found, x.stride(0), vocab_size, tiles, logits, APPLY_TILE)
     _apply((num_rows * tiles, 1, 1), key, arguments, x.device, num_warps=8)
-    return out
 
 
-def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool) -> Thresholds:
+def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, scratch: Scratch) -> Thresholds:
     """kind: "k", "p" or "min_p", which `parameter` is."""
     top_k = kind == "k"
     num_rows, vocab_size = x.shape
     cut = cut_of(vocab_size, x.element_size())
-    stats = group_stats(x, cut, logits, (True, not logits))
-    found = Thresholds(x.new_empty(num_rows, dtype=torch.int32), x.new_empty(num_rows, dtype=torch.float32))
-    scratch = _scratch(x, cut, num_rows)
+    stats = group_stats(x, cut, logits, (True, not logits), scratch)
+    found = Thresholds(scratch.empty((num_rows,), torch.int32), scratch.empty((num_rows,), torch.float32))
+    slots = slots_of(scratch, cut, num_rows)
     search = None
     if kind == "p":
-        search = (x.new_empty((num_rows, SEARCH_FIELDS), dtype=torch.int32), x.new_empty(num_rows, dtype=torch.float32))
+        search = scratch.empty((num_rows, SEARCH_FIELDS), torch.int32), scratch.empty((num_rows,), torch.float32)
     pointer, value = pointer_and_value(parameter, vocab_size if top_k else 1.0, vocab_size if top_k else None)
     key = (x.dtype, x.stride(0), vocab_size, logits, cut, alignment(x))
     _threshold(
         (num_rows, 1, 1),
         (key, kind, _kinds(pointer), alignment(pointer)),  # type: ignore
         (
-            *(x, stats.group_max, stats.group_sum, pointer, value, scratch, *found, search),
+            *(x, stats.group_max, stats.group_sum, pointer, value, slots, *found, search),
             *(x.stride(0), vocab_size, stats.num_groups, kind, logits, cut, SCAN),
         ),
         x.device,
@@ -333,35 +380,31 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool) 
     )
     if search is None:
         return found
-    _search(x, search, found)
+    _search(x, search, found, scratch)
     return found
 
 
-def _search(x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds) -> None:
-    """Find top_p's threshold in open rows; each is cut into a power of two parts, or into all its tiles."""
+def _search(x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds, scratch: Scratch) -> None:
+    """Find top_p's threshold in open rows."""
     num_rows, vocab_size = x.shape
-    tiles = triton.cdiv(vocab_size, SCAN)
-    wanted = max(1, 4 * arch_of(x.device).num_sms // num_rows)
-    splits, per_split = splits_of(1, tiles, 1 << (wanted.bit_length() - 1))
+    # Finer parts would leave each list so little room that chance may fill it.
+    splits, per_split = splits_of(1, triton.cdiv(vocab_size, SCAN), COLLECT_SPLITS)
     block = triton.next_power_of_2(splits)
-    collected = x.new_empty((num_rows, FOUND), dtype=torch.float32)
-    sums = x.new_empty((num_rows, 3, block), dtype=torch.float32)
+    collected = scratch.empty((num_rows, FOUND), torch.float32)
+    sums = scratch.empty((num_rows, 3, block, COLLECT_LISTS), torch.float32)
     key = (x.dtype, x.stride(0), vocab_size, block, alignment(x))
-    sizes = (x.stride(0), vocab_size, splits, per_split, block, FOUND, False, SCAN)
-    arguments: tuple[object, ...] = (x, search, collected, sums, *found, *sizes)
-    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=16, **REGISTERS)
-    arguments = (x, *found, search, x.stride(0), vocab_size, False, SCAN)
-    _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=8, **REGISTERS)
+    sizes = (x.stride(0), vocab_size, splits)
+    form = (block, FOUND, COLLECT_LISTS, False, SCAN)
+    arguments: tuple[object, ...] = (x, search, collected, sums, *sizes, per_split, *form)
+    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=COLLECT_LISTS // 32)
+    arguments = (x, *found, search, collected, sums, *sizes, *form)
+    _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=16, **REGISTERS)
 
 
-def renormalise(probs: torch.Tensor, filters: Filters) -> torch.Tensor:
-    """probs that pass the one filter divided by their sum, 0 elsewhere; in probs' dtype."""
-    kind = _kind_of(filters)
-    parameter = {"k": filters.top_k, "p": filters.top_p, "min_p": filters.min_p}[kind]
-    assert parameter is not None
-    return _apply_thresholds(probs, _thresholds(probs, kind, parameter, logits=False), logits=False)
-
-
-def mask_logits(logits: torch.Tensor, top_k: Parameter) -> torch.Tensor:
-    """logits that are among the top_k largest, -inf elsewhere."""
-    return _apply_thresholds(logits, _thresholds(logits, "k", top_k, logits=True), logits=True)
+def keep(
+    out: torch.Tensor, x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, buffer: torch.Tensor | None
+) -> int:
+    """What passes one filter, of logits or of probs; see `flashinfer.ops.sampling.keep_into`."""
+    scratch = Scratch(x, buffer)
+    _apply_thresholds(out, x, _thresholds(x, kind, parameter, logits, scratch), logits)
+    return scratch.needed

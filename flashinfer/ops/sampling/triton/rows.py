@@ -206,8 +206,9 @@ def kth_largest_key(key, k, low, high):
 
     May stop early at a t between two keys that keeps the same k.
     """
-    # No key lies outside of [smallest, largest], so neither need t.
-    low = tl.maximum(low, tl.min(tl.where(key == NO_KEY, TOP_KEY, key), 0)).to(tl.int64)
+    # No key lies outside of [smallest, largest], so neither need t. Without any key `low` keeps all.
+    smallest = tl.min(tl.where(key == NO_KEY, TOP_KEY, key), 0)
+    low = tl.where(smallest == TOP_KEY, low, tl.maximum(low, smallest)).to(tl.int64)
     high = tl.minimum(high.to(tl.int64), tl.max(key, 0).to(tl.int64) + 1)
     at_low = tl.sum((key >= low.to(tl.int32)).to(tl.int32), 0)
     while (high - low > 1) & (at_low > k):

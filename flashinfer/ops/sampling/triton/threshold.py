@@ -23,8 +23,7 @@ LOW = tl.constexpr(0)
 HIGH = tl.constexpr(1)
 BOTTOM = tl.constexpr(2)
 PEAK = tl.constexpr(3)
-ARRIVED = tl.constexpr(4)
-OPEN = tl.constexpr(5)
+OPEN = tl.constexpr(4)
 # Groups of the sample that the guess is made from, and how finely it looks: a five-hundredth of a number's size.
 SAMPLE_GROUPS = tl.constexpr(64)
 KEY_STEP = tl.constexpr(1 << 14)
@@ -115,6 +114,7 @@ def threshold_kernel(
         scratch[1] + row * cut.candidates,
         scratch[2] + row * cut.candidates,
     )
+    stats = (group_max, group_sum, row * cut.groups + offs_group, mask)
     lowest = tl.full((), NEG_INF_KEY + 1 if LOGITS else POSITIVE_KEY, tl.int32)
     floor = lowest
     peak = tl.max(group_key, 0)
@@ -128,7 +128,9 @@ def threshold_kernel(
             weight, _shift = group_weights(group_max, group_sum, row * cut.groups + offs_group, mask, LOGITS)
             kept = tl.sum(weight, 0).to(tl.float32)
         if (k < vocab) & (peak >= lowest):
-            floor, kept, _held = hold(x, vocab, shift, group_key, k, 0.0, lowest, slots, True, False, LOGITS, cut, SCAN)
+            floor, kept, _held = hold(
+                x, vocab, shift, group_key, k, 0.0, lowest, slots, stats, True, False, LOGITS, cut, SCAN
+            )
     elif KIND == "min_p":
         floor = tl.maximum(sort_key(tl.max(group_high, 0) * tl.cast(value, tl.float32)), lowest)
         count = gather(x, vocab, group_key, floor, slots, LOGITS, cut)
@@ -146,7 +148,7 @@ def threshold_kernel(
         if (p < 1.0) & (total > 0) & (total < float("inf")):
             everything = tl.cast(vocab, tl.int32)
             floor, _weight, held = hold(
-                x, vocab, shift, group_key, everything, limit, lowest, slots, False, True, LOGITS, cut, SCAN
+                x, vocab, shift, group_key, everything, limit, lowest, slots, stats, False, True, LOGITS, cut, SCAN
             )
             if held >= 0:
                 key, share = candidates(slots, held, shift, LOGITS, cut)
@@ -166,7 +168,6 @@ def threshold_kernel(
             tl.store(search[0] + row * SEARCH_FIELDS + HIGH, high)
             tl.store(search[0] + row * SEARCH_FIELDS + BOTTOM, bottom)
             tl.store(search[0] + row * SEARCH_FIELDS + PEAK, peak)
-            tl.store(search[0] + row * SEARCH_FIELDS + ARRIVED, 0)
             tl.store(search[1] + row, limit)
         tl.store(search[0] + row * SEARCH_FIELDS + OPEN, is_open)
     tl.store(floors + row, floor)
@@ -179,22 +180,20 @@ def collect_kernel(
     search,
     found,
     sums,
-    floors,
-    weights,
     stride,
     vocab,
     num_splits,
     tiles_per_split,
     SPLITS: tl.constexpr,
     FOUND: tl.constexpr,
+    LISTS: tl.constexpr,
     LOGITS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """Grid: rows * num_splits. Top_p's threshold among the tokens of the interval, which the splits of a row collect.
+    """Grid: rows * num_splits. The tokens of open rows that lie in the interval of their search, for `settle_kernel`.
 
-    The last one to arrive settles it, or narrows the interval for `settle_kernel` where the guess was wrong or too
-    many tokens lie in it. found: fp32 `[rows, FOUND]`, an equal part for each of SPLITS (num_splits rounded up to 2^n);
-    sums: fp32 `[rows, 3, SPLITS]`: weight above the interval, in it, tokens in it.
+    Each thread has a list of its own, so that none waits for another. found: fp32 `[rows, SPLITS, room, LISTS]`, FOUND
+    a row; sums: fp32 `[rows, 3, SPLITS, LISTS]`: weight above the interval, in it, tokens in it.
     """
     row = (tl.program_id(0) // num_splits).to(tl.int64)
     split = tl.program_id(0) % num_splits
@@ -202,93 +201,102 @@ def collect_kernel(
     if tl.load(ints + OPEN) != 0:
         low = tl.load(ints + LOW)
         high = tl.load(ints + HIGH)
-        ROOM: tl.constexpr = FOUND // SPLITS
-        above = tl.zeros([SCAN], tl.float32)
-        within = tl.zeros([SCAN], tl.float32)
-        count = tl.full((), 0, tl.int32)
+        COLS: tl.constexpr = SCAN // LISTS
+        ROOM: tl.constexpr = FOUND // (SPLITS * LISTS)
+        number = tl.arange(0, LISTS)
+        # One number a load: so neighbouring threads read neighbours, and a thread's column is the same throughout.
+        offs_tile = tl.max_contiguous(number[:, None] + tl.arange(0, COLS)[None, :] * LISTS, [1, 1])
+        mine = found + row * FOUND + split * (ROOM * LISTS) + number[:, None]
+        above = tl.zeros([LISTS, COLS], tl.float32)
+        within = tl.zeros([LISTS, COLS], tl.float32)
+        count = tl.zeros([LISTS], tl.int32)
         for i in range(tiles_per_split):
-            offs = (split * tiles_per_split + i) * SCAN + tl.arange(0, SCAN)
+            offs = tl.max_contiguous((split * tiles_per_split + i) * SCAN + offs_tile, [1, 1])
             v = read(x + row * stride, offs, vocab, LOGITS)
             key = sort_key(v)
             inside = (key > low) & (key <= high)
             above += tl.where(key > high, v, 0.0)
             within += tl.where(inside, v, 0.0)
-            position = count + tl.cumsum(inside.to(tl.int32), 0) - 1
-            tl.store(found + row * FOUND + split * ROOM + position, v, mask=inside & (position < ROOM))
-            count += tl.sum(inside.to(tl.int32), 0)
-        target = sums + row * 3 * SPLITS + split
-        tl.store(target, tl.sum(above, 0))
-        tl.store(target + SPLITS, tl.sum(within, 0))
-        tl.store(target + 2 * SPLITS, count.to(tl.float32))
-        tl.debug_barrier()
-        arrived = tl.atomic_add(ints + ARRIVED, 1, sem="acq_rel", scope="gpu")
-        tl.debug_barrier()
-        if arrived == num_splits - 1:
-            settle_collected(
-                ints,
-                search[1] + row,
-                found + row * FOUND,
-                sums + row * 3 * SPLITS,
-                num_splits,
-                floors + row,
-                weights + row,
-                SPLITS,
-                FOUND,
-            )
+            position = count[:, None] + tl.cumsum(inside.to(tl.int32), 1) - 1
+            tl.store(mine + position * LISTS, v, mask=inside & (position < ROOM))
+            count += tl.sum(inside.to(tl.int32), 1)
+        target = sums + row * 3 * SPLITS * LISTS + split * LISTS + number
+        tl.store(target, tl.sum(above, 1))
+        tl.store(target + SPLITS * LISTS, tl.sum(within, 1))
+        tl.store(target + 2 * SPLITS * LISTS, count.to(tl.float32))
 
 
-@triton.jit
-def settle_collected(
-    ints, limit, found, sums, num_splits, floor_at, weight_at, SPLITS: tl.constexpr, FOUND: tl.constexpr
+@triton.jit(do_not_specialize=["num_splits"])
+def settle_kernel(
+    x,
+    floors,
+    weights,
+    search,
+    found,
+    sums,
+    stride,
+    vocab,
+    num_splits,
+    SPLITS: tl.constexpr,
+    FOUND: tl.constexpr,
+    LISTS: tl.constexpr,
+    LOGITS: tl.constexpr,
+    SCAN: tl.constexpr,
 ):
-    """The threshold from what the splits of a row collected; see `collect_kernel`."""
-    low = tl.load(ints + LOW)
-    high = tl.load(ints + HIGH)
-    bound = tl.load(limit)
-    splits = tl.arange(0, SPLITS)
-    here = splits < num_splits
-    heavier = tl.sum(tl.load(sums + splits, mask=here, other=0.0, cache_modifier=".cg"), 0)
-    middle = tl.sum(tl.load(sums + SPLITS + splits, mask=here, other=0.0, cache_modifier=".cg"), 0)
-    most = tl.max(tl.load(sums + 2 * SPLITS + splits, mask=here, other=0.0, cache_modifier=".cg"), 0)
-    ROOM: tl.constexpr = FOUND // SPLITS
-    if heavier >= bound:
-        tl.store(ints + LOW, high)
-        tl.store(ints + HIGH, tl.load(ints + PEAK))
-    elif heavier + middle < bound:
-        tl.store(ints + LOW, tl.load(ints + BOTTOM))
-        tl.store(ints + HIGH, low)
-    elif most <= ROOM:
-        offs = tl.arange(0, FOUND)
-        owner = offs // ROOM
-        counts = tl.load(sums + 2 * SPLITS + owner, mask=owner < num_splits, other=0.0, cache_modifier=".cg")
-        mask = (offs % ROOM) < counts.to(tl.int32)
-        v = tl.load(found + offs, mask=mask, other=0.0, cache_modifier=".cg")
-        key = tl.where(mask, sort_key(v), NO_KEY)
-        floor = nucleus_floor(key, v, bound - heavier, low, high)
-        tl.store(floor_at, floor)
-        tl.store(weight_at, heavier + tl.sum(tl.where(key >= floor, v, 0.0), 0))
-        tl.store(ints + OPEN, 0)
+    """Grid: rows. The threshold of open rows, among what `collect_kernel` found.
 
-
-@triton.jit
-def settle_kernel(x, floors, weights, search, stride, vocab, LOGITS: tl.constexpr, SCAN: tl.constexpr):
-    """Grid: rows. The threshold of rows still open, by halving the interval: at most 33 reads of the row."""
+    Where the guess was wrong or too many tokens lay in the interval: by halving what is left, at most 33 reads.
+    """
     row = tl.program_id(0).to(tl.int64)
     ints = search[0] + row * SEARCH_FIELDS
     if tl.load(ints + OPEN) != 0:
         x += row * stride
+        found += row * FOUND
+        sums += row * 3 * SPLITS * LISTS
         limit = tl.load(search[1] + row)
-        low = tl.load(ints + LOW).to(tl.int64)
-        high = tl.load(ints + HIGH).to(tl.int64)
-        while high - low > 1:
-            middle = (low + high) >> 1
-            if scan_weight(x, vocab, 0.0, middle.to(tl.int32) + 1, LOGITS, SCAN) < limit:
-                high = middle
-            else:
-                low = middle
-        floor = high.to(tl.int32)
+        low = tl.load(ints + LOW)
+        high = tl.load(ints + HIGH)
+        lists = tl.arange(0, SPLITS * LISTS)
+        here = lists < num_splits * LISTS
+        above = tl.sum(tl.load(sums + lists, mask=here, other=0.0), 0)
+        within = tl.sum(tl.load(sums + SPLITS * LISTS + lists, mask=here, other=0.0), 0)
+        most = tl.max(tl.load(sums + 2 * SPLITS * LISTS + lists, mask=here, other=0.0), 0)
+        ROOM: tl.constexpr = FOUND // (SPLITS * LISTS)
+        if (above < limit) & (above + within >= limit) & (most <= ROOM):
+            offs = tl.arange(0, FOUND)
+            owner = offs // (ROOM * LISTS) * LISTS + offs % LISTS
+            count = tl.load(sums + 2 * SPLITS * LISTS + owner, mask=owner < num_splits * LISTS, other=0.0)
+            v = tl.load(found + offs, mask=(offs // LISTS) % ROOM < count.to(tl.int32), other=0.0)
+            # The bits of positive numbers are their keys, and no key of the interval is 0.
+            key = v.to(tl.int32, bitcast=True)
+            floor = nucleus_floor(key, v, limit - above, low, high)
+            tl.store(weights + row, above + tl.sum(tl.where(key >= floor, v, 0.0), 0))
+        else:
+            left = low
+            right = high
+            if above >= limit:
+                left = high
+                right = tl.load(ints + PEAK)
+            elif above + within < limit:
+                left = tl.load(ints + BOTTOM)
+                right = low
+            floor = floor_by_scans(x, vocab, limit, left, right, LOGITS, SCAN)
+            tl.store(weights + row, scan_weight(x, vocab, 0.0, floor, LOGITS, SCAN))
         tl.store(floors + row, floor)
-        tl.store(weights + row, scan_weight(x, vocab, 0.0, floor, LOGITS, SCAN))
+
+
+@triton.jit
+def floor_by_scans(x, vocab, limit, low, high, LOGITS: tl.constexpr, SCAN: tl.constexpr):
+    """`nucleus_floor` of the row itself."""
+    low = low.to(tl.int64)
+    high = high.to(tl.int64)
+    while high - low > 1:
+        middle = (low + high) >> 1
+        if scan_weight(x, vocab, 0.0, middle.to(tl.int32) + 1, LOGITS, SCAN) < limit:
+            high = middle
+        else:
+            low = middle
+    return high.to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
