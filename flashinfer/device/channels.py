@@ -8,7 +8,7 @@ two; both sides count n alike. `tests/unit/test_channels.py` holds a model of th
 
 import math
 
-from flashinfer.device.gluon import aggregate, async_copy, constexpr_function, fence_async_shared, gl, jit, mbarrier
+from flashinfer.device.gluon import aggregate, constexpr_function, copy_arrive, fence_async_shared, gl, jit, mbarrier
 
 CONSUMER_THREADS = gl.constexpr(128)
 
@@ -100,7 +100,7 @@ class Ring:
     @jit
     def deliver(self, n):
         """Producer, after its copies: tile n is full once those of all threads have landed; nothing waits."""
-        async_copy.mbarrier_arrive(self.full.index(self.stage(n)), increment_count=False)
+        copy_arrive(self.full.index(self.stage(n)), increment_count=False)
 
     @jit
     def drain(self, n):

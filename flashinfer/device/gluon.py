@@ -14,7 +14,9 @@ aggregate: Any = getattr(gluon, "aggregate", None) or tl.core._aggregate
 # Runs in Python, at compile time: constexpr_functions of aggregates, layouts.
 constexpr_function = gluon.constexpr_function
 mbarrier = hopper.mbarrier
-async_copy = ampere.async_copy
+# Copies by threads, and the arrival at an mbarrier of those that came before.
+copy_load: Any = getattr(ampere.async_copy, "async_load", None) or ampere.async_copy.async_copy_global_to_shared
+copy_arrive = ampere.async_copy.mbarrier_arrive
 fence_async_shared = hopper.fence_async_shared
 warpgroup_mma = hopper.warpgroup_mma
 warpgroup_mma_wait = hopper.warpgroup_mma_wait
@@ -28,8 +30,9 @@ reinterpret: Any = getattr(_descriptor, "reinterpret", None) or _descriptor._rei
 partition_barrier: Any = getattr(gl, "barrier", None) or gl.thread_barrier
 __all__ = [
     "aggregate",
-    "async_copy",
     "constexpr_function",
+    "copy_arrive",
+    "copy_load",
     "fence_async_shared",
     "gl",
     "jit",

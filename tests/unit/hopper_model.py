@@ -200,28 +200,27 @@ def tma_load(tile: Tile, landing: mbarrier, box: Box) -> Operation:
     return operation
 
 
-class async_copy:
-    """Copies by threads. An arrival comes when all copies before it have landed, so that one queue can hold both."""
+def copy_load(part: Part, tile: Tile) -> Operation:
+    """A copy by threads."""
 
-    @staticmethod
-    def async_copy_global_to_shared(part: Part, tile: Tile) -> Operation:
-        def operation(gpu: Gpu, me: Role) -> None:
+    def operation(gpu: Gpu, me: Role) -> None:
+        for box in part:
+            _overwrite(gpu, me, tile, box)
+            box.unfenced |= box.owners
+        gpu.unfenced.update(part)
+
+        def land() -> None:
             for box in part:
-                _overwrite(gpu, me, tile, box)
-                box.unfenced |= box.owners
-            gpu.unfenced.update(part)
+                box.holds, box.loading = tile, False
 
-            def land() -> None:
-                for box in part:
-                    box.holds, box.loading = tile, False
+        gpu.fly(me, "copy", land)
 
-            gpu.fly(me, "copy", land)
+    return operation
 
-        return operation
 
-    @staticmethod
-    def mbarrier_arrive(landing: mbarrier) -> Operation:
-        return lambda gpu, me: gpu.fly(me, "copy", lambda: landing.update(1, 0))
+def copy_arrive(landing: mbarrier) -> Operation:
+    """Arrives when all copies before it have landed, so that one queue can hold both."""
+    return lambda gpu, me: gpu.fly(me, "copy", lambda: landing.update(1, 0))
 
 
 def tma_store(tile: Tile, box: Box) -> Operation:

@@ -27,8 +27,9 @@ from tests.unit.hopper_model import (
     Role,
     Steps,
     Tile,
-    async_copy,
     check,
+    copy_arrive,
+    copy_load,
     fence_async_shared,
     mbarrier,
     named_arrive,
@@ -94,7 +95,7 @@ class Ring:
         yield mbarrier.expect(self.full.index(self.stage(n)), self.BYTES)
 
     def deliver(self, n: int) -> Steps:
-        yield async_copy.mbarrier_arrive(self.full.index(self.stage(n)))
+        yield copy_arrive(self.full.index(self.stage(n)))
 
     def box(self, n: int, i: int) -> Box:
         return self.boxes[self.stage(n) * self.BOXES + i]
@@ -198,7 +199,7 @@ def tma_producer(channels: Channels, items: list[Item], cfg: Config) -> Steps:
 
 def _copy(cache: str, ring: Ring, n: int, place: tuple[int, int], cfg: Config) -> Steps:
     yield from ring.acquire(n)
-    yield async_copy.async_copy_global_to_shared(ring.part(n, 0), (cache, *place))
+    yield copy_load(ring.part(n, 0), (cache, *place))
     yield from ring.deliver(n)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from flashinfer.device.gluon import async_copy, constexpr_function, gl, jit, tma_load
+from flashinfer.device.gluon import constexpr_function, copy_load, gl, jit, tma_load
 from flashinfer.ops.attention.plan import RECORD_FIELDS
 
 # A TMA box is at most 128 bytes wide under the widest swizzle.
@@ -164,7 +164,7 @@ def _copy(cache, ring, n, places, kv_head, cfg: gl.constexpr):
     base = cache.data + kv_head.to(gl.int64) * cache.stride_head * COPY
     ring.acquire(n)
     pointers = base + (offs * COPY)[:, None] + offs_d[None, :]
-    async_copy.async_copy_global_to_shared(ring.part(n, 0), pointers, mask=(token >= 0)[:, None])
+    copy_load(ring.part(n, 0), pointers, mask=(token >= 0)[:, None])
     ring.deliver(n)
 
 
