@@ -199,7 +199,7 @@ def test_min_p_where_most_tries_miss(likely: int, device: str) -> None:
     tokens, valid = sample(probs, False, Filters(min_p=0.9), Draws(fresh_seed(), 0, num_samples, indices))
     assert valid.all()
     assert passing[tokens.long()].all()
-    assert tokens.unique().numel() > num_samples // 2
+    assert tokens.unique().numel() > min(num_samples, int(passing.sum())) // 2
 
 
 def test_constant_rows(device: str) -> None:

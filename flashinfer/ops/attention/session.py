@@ -96,7 +96,7 @@ class Session:
         if self.fixed_addresses and self._rows is not None:
             # A captured run is one of this implementation, and holds its tables.
             assert self._row is not None
-            return select((self._row,), spec, arch)
+            return select((self._row,), spec, arch, self._row.name)
         if rows is not None and spec.split_kv and wanted_name(arch, self.request) == "auto":
             spec = replace(spec, workload=Workload.of(rows, batch.batch_size))
         return select(IMPLS, spec, arch, self.request)
