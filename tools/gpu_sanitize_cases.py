@@ -44,23 +44,28 @@ def expected(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) ->
 
 
 class PagedBatch:
-    """A shuffled paged cache of `KV_LENS` that holds NaN where no token is."""
+    """A shuffled paged cache of the requests' (k, v), appended; it holds NaN where no token is."""
 
-    def __init__(self) -> None:
-        _, num_kv_heads, head_dim = HEADS
-        pages = tuple(-(-n // PAGE_SIZE) for n in KV_LENS)
+    def __init__(self, kv: list[tuple[torch.Tensor, torch.Tensor]], page_size: int) -> None:
+        lens = tuple(len(k) for k, _ in kv)
+        pages = tuple(-(-n // page_size) for n in lens)
+        k, v = (torch.cat([part[i] for part in kv]) for i in range(2))
+        self.kv = kv
         self.indptr = indptr(pages)
         self.indices = torch.randperm(sum(pages), device=DEVICE).int()
-        self.last = torch.tensor([(n - 1) % PAGE_SIZE + 1 if n else 0 for n in KV_LENS], device=DEVICE).int()
-        self.cache = torch.full((sum(pages), 2, PAGE_SIZE, num_kv_heads, head_dim), float("nan"), device=DEVICE).half()
-        self.kv = [(normal(n, num_kv_heads, head_dim), normal(n, num_kv_heads, head_dim)) for n in KV_LENS]
-        k, v = (torch.cat([kv[i] for kv in self.kv]) for i in range(2))
+        self.last = torch.tensor([(n - 1) % page_size + 1 if n else 0 for n in lens], device=DEVICE).int()
+        self.cache = torch.full((sum(pages), 2, page_size, *k.shape[1:]), float("nan"), device=DEVICE).half()
         batch_indices, positions = flashinfer.get_batch_indices_positions(
-            indptr(KV_LENS), torch.tensor(KV_LENS, device=DEVICE).int(), len(k)
+            indptr(lens), torch.tensor(lens, device=DEVICE).int(), len(k)
         )
         flashinfer.append_paged_kv_cache(
             k, v, batch_indices, positions, self.cache, self.indices, self.indptr, self.last, "NHD"
         )
+
+    @classmethod
+    def drawn(cls) -> PagedBatch:
+        _, num_kv_heads, head_dim = HEADS
+        return cls([(normal(n, num_kv_heads, head_dim), normal(n, num_kv_heads, head_dim)) for n in KV_LENS], PAGE_SIZE)
 
     def check(self, name: str, q: torch.Tensor, out: torch.Tensor, qo_lens: tuple[int, ...], causal: bool) -> None:
         parts = zip(q.split(qo_lens), self.kv, strict=True)
@@ -80,14 +85,14 @@ def workspace() -> torch.Tensor:
 
 
 def decode() -> None:
-    batch, q = PagedBatch(), normal(len(KV_LENS), HEADS[0], HEADS[2])
+    batch, q = PagedBatch.drawn(), normal(len(KV_LENS), HEADS[0], HEADS[2])
     wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace(), "NHD")
     wrapper.plan(batch.indptr, batch.indices, batch.last, *HEADS, PAGE_SIZE, q_data_type=q.dtype)
     batch.check("append and decode", q, wrapper.run(q, batch.cache), (1,) * len(KV_LENS), causal=False)
 
 
 def prefill_paged() -> None:
-    batch, q = PagedBatch(), normal(sum(QO_LENS), HEADS[0], HEADS[2])
+    batch, q = PagedBatch.drawn(), normal(sum(QO_LENS), HEADS[0], HEADS[2])
     wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(), "NHD")
     wrapper.plan(
         indptr(QO_LENS), batch.indptr, batch.indices, batch.last, *HEADS, PAGE_SIZE, causal=True, q_data_type=q.dtype
@@ -117,27 +122,11 @@ def prefill_hopper() -> None:
         ragged.plan(indptr(qo_lens), indptr(kv_lens), 4, 2, dim, causal=True, q_data_type=q.dtype)
         compare(f"prefill on Hopper, ragged, {dim}", ragged.run(q, k, v), want)
         for size in (8, 12, 1):
-            cache, pages = cut_into_pages([part[1:] for part in parts], size)
+            batch = PagedBatch([(k_part, v_part) for _, k_part, v_part in parts], size)
             paged = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace(), "NHD", backend="fa3")
+            pages = (batch.indptr, batch.indices, batch.last)
             paged.plan(indptr(qo_lens), *pages, 4, 2, dim, size, causal=True, q_data_type=q.dtype)
-            compare(f"prefill on Hopper, pages of {size}, {dim}", paged.run(q, cache), want)
-
-
-def cut_into_pages(
-    parts: list[tuple[torch.Tensor, ...]], size: int
-) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """k and v of requests as a cache that holds NaN where no token is, and its indptr, indices, last_page_len."""
-    lens = [len(k) for k, _ in parts]
-    counts = tuple(-(-n // size) for n in lens)
-    cache = torch.full((sum(counts), 2, size, *parts[0][0].shape[1:]), float("nan"), device=DEVICE).half()
-    for i, tokens in enumerate(cache.unbind(1)):
-        flat, first = tokens.flatten(0, 1).clone(), 0
-        for n, count, part in zip(lens, counts, parts, strict=True):
-            flat[first : first + n] = part[i]
-            first += count * size
-        tokens.copy_(flat.view_as(tokens))
-    last = torch.tensor([(n - 1) % size + 1 for n in lens], device=DEVICE).int()
-    return cache, (indptr(counts), torch.arange(sum(counts), device=DEVICE).int(), last)
+            compare(f"prefill on Hopper, pages of {size}, {dim}", paged.run(q, batch.cache), want)
 
 
 def merge() -> None:

@@ -27,7 +27,7 @@ from flashinfer.device.gluon import (
 )
 from flashinfer.ops.attention.device.arguments import LOG2_E, add_sink
 from flashinfer.ops.attention.device.hooks import exponent_factor, fold_bounds
-from flashinfer.ops.attention.gluon_sm90.producer import BOX_COLUMNS, copying_producer, rounds, tma_producer, work_item
+from flashinfer.ops.attention.gluon_sm90.producer import BOX_COLUMNS, producer, producer_warps, rounds, work_item
 from flashinfer.ops.attention.gluon_sm90.softmax import LOWEST, online, row_sums, transformed
 
 # Consumer warpgroups.
@@ -266,7 +266,7 @@ def _ring(dtype: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, ROWS: 
           FIRST: gl.constexpr, cfg: gl.constexpr):  # fmt: skip
     """A ring of tiles of PARTS parts of ROWS rows each, its barriers ready. BOX: rows of a TMA box, 0: copied."""
     SHARED: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    THREADS: gl.constexpr = 128 if cfg.box == 0 else 32
+    THREADS: gl.constexpr = 32 * producer_warps(cfg)
     parts = gl.allocate_shared_memory(dtype, [STAGES * PARTS, ROWS, cfg.head_dim], SHARED)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -298,23 +298,13 @@ def prefill_kernel(q_desc, k, v, o_desc, output, work, indices, heads, hooks, fa
         outputs = _ring(dtype, 1, GROUPS, cfg.rows, cfg.rows, FIRST_EMPTY, cfg)
     fence_async_shared()
     channels = (queries, keys, values)
-    if cfg.box > 0:
-        gl.warp_specialize(
-            [
-                (_consumer, (o_desc, channels, outputs, output, work, heads, hooks, factors, 0, cfg)),
-                (_consumer, (o_desc, channels, outputs, output, work, heads, hooks, factors, 1, cfg)),
-                (tma_producer, ((q_desc, k, v), channels, work, heads, indices, GROUPS, cfg)),
-            ],
-            [4, 1],
-            [240, 24],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consumer, (o_desc, channels, outputs, output, work, heads, hooks, factors, 0, cfg)),
-                (_consumer, (o_desc, channels, outputs, output, work, heads, hooks, factors, 1, cfg)),
-                (copying_producer, ((q_desc, k, v), channels, work, heads, indices, GROUPS, cfg)),
-            ],
-            [4, 4],
-            [240, 24],
-        )
+    PRODUCER_WARPS: gl.constexpr = producer_warps(cfg)
+    gl.warp_specialize(
+        [
+            (_consumer, (o_desc, channels, outputs, output, work, heads, hooks, factors, 0, cfg)),
+            (_consumer, (o_desc, channels, outputs, output, work, heads, hooks, factors, 1, cfg)),
+            (producer, ((q_desc, k, v), channels, work, heads, indices, GROUPS, cfg)),
+        ],
+        [4, PRODUCER_WARPS],
+        [240, 24],
+    )

@@ -127,6 +127,12 @@ def tma_producer(sources, channels, work, heads, indices, GROUPS: gl.constexpr, 
 
 
 @constexpr_function
+def producer_warps(cfg):
+    """How many warps produce: one asks TMA, a warpgroup copies."""
+    return 1 if cfg.box > 0 else COPY_WARPS.value
+
+
+@constexpr_function
 def _copy_layout(cfg):
     """Which thread copies which 8 elements of a tile: as many lanes to a token as it has of these."""
     lanes = cfg.head_dim // COPY.value
@@ -199,3 +205,12 @@ def copying_producer(sources, channels, work, heads, indices, GROUPS: gl.constex
     queries.drain(rounds(num_tiles, heads, cfg))
     keys.drain(done)
     values.drain(done)
+
+
+@jit
+def producer(sources, channels, work, heads, indices, GROUPS: gl.constexpr, cfg: gl.constexpr):
+    """The producer that the configuration means."""
+    if cfg.box > 0:
+        tma_producer(sources, channels, work, heads, indices, GROUPS, cfg)
+    else:
+        copying_producer(sources, channels, work, heads, indices, GROUPS, cfg)
