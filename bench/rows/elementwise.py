@@ -148,6 +148,17 @@ def _silu_reference(t: Tensors) -> torch.Tensor:
     return silu(x) * gate
 
 
+def torch_add(width: int) -> Elementwise:
+    """None of ours: the yardstick for what a call costs the host."""
+    return Elementwise(
+        f"torch_add_{width}",
+        partial(_norm_tensors, width),
+        lambda t: torch.add(t["input"], t["residual"], out=t["out"]),
+        lambda t: t["input"] + t["residual"],
+        moved=("input", "residual", "out"),
+    )
+
+
 def rmsnorm(hidden_size: int) -> Elementwise:
     return Elementwise(
         f"rmsnorm_{hidden_size}",
@@ -293,6 +304,7 @@ def row(op: Elementwise, tokens: int, device: str = "cuda") -> Row:
 
 
 _OPS = (
+    torch_add(4096),
     rmsnorm(4096),
     rmsnorm(8192),
     fused_add_rmsnorm(4096),

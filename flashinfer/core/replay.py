@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from functools import wraps
-from operator import itemgetter
+from functools import reduce, wraps
+from operator import itemgetter, or_
 from typing import Any
 
 import torch
 
-# Kinds of calls a function remembers; beyond, it begins anew.
-CAPACITY = 8192
+try:
+    from torch._C._dynamo import guards
+except ImportError:
+    guards = None  # type: ignore[assignment]
+
+# Kinds of calls a function remembers, by values and by layouts; beyond, it begins anew, and forgets the oldest.
+CAPACITY, MOST_LAYOUTS = 1024, 16
 # What has no behaviour of its own.
 PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 
@@ -30,9 +35,12 @@ Input = torch.Tensor | Number
 # Launches again with the addresses of the function's tensors, and its Numbers among them; False where the record does
 # not fit them after all, which the first launch of a call says.
 Again = Callable[[list[int]], bool]
-Memory = dict[Hashable, Again]
+Fits = Callable[..., bool]
+# By the values of a call, and where its tensors begin in 16 bytes: what each set of layouts came to.
+Memory = dict[Hashable, list[tuple[Fits, Again]]]
 _memories: list[Memory] = []
 _permanent: dict[int, torch.Tensor] = {}
+_address = torch.Tensor.data_ptr
 
 
 class _Recording(threading.local):
@@ -74,41 +82,99 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
     def call(*arguments: Any) -> None:
         if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
             return function(*arguments)
-        key: list[Hashable] = []
-        tensors: list[Input] = []
-        addresses: list[int] = []
-        for x in arguments:
-            parts = (x,)
-            if x.__class__ is tuple:
-                parts = x
-                key.append(len(x))
-            for part in parts:
-                if part.__class__ in PLAIN:
-                    device = part.get_device()
-                    if device < 0:  # the CPU: nothing is launched there
-                        return function(*arguments)
-                    address = part.data_ptr()
-                    tensors.append(part)
-                    addresses.append(address)
-                    key += (part.shape, part.stride(), part.dtype, device, address & 15)
-                elif part.__class__ is Number:
-                    tensors.append(part)
-                    addresses.append(int(part))
-                    key.append(Number)
-                elif isinstance(part, torch.Tensor):
-                    return function(*arguments)
-                else:
-                    key += (part.__class__, part)
-        kind = tuple(key)
         try:
-            again = memory.get(kind)
-        except TypeError:  # something cannot be hashed: the function knows what to say to it
+            tensors, numbers, values = _taken_apart(arguments)
+            addresses = [*map(_address, tensors)]
+            offsets = tuple(x & 15 for x in addresses) if reduce(or_, addresses, 0) & 15 else 0
+            key = (offsets, *values)
+            known = memory.get(key, ())
+        except TypeError:  # a subclass of Tensor, or what cannot be hashed: the function knows what to do with it
             return function(*arguments)
-        if again is not None and again(addresses):
-            return None
-        return _record(memory, kind, tensors, function, arguments)
+        addresses += numbers
+        for fits, again in known:
+            if fits(*tensors):
+                if again(addresses):
+                    return None
+                break
+        if any(x.get_device() < 0 for x in tensors):  # the CPU: nothing is launched there
+            return function(*arguments)
+        launches = _recorded([*tensors, *numbers], function, arguments)
+        if launches:
+            _remember(memory, key, _layouts(tensors), _in_turn(launches))
+        return None
 
     return call
+
+
+def _taken_apart(arguments: tuple[Any, ...]) -> tuple[list[torch.Tensor], list[Number], list[Hashable]]:
+    """All tensors, all Numbers, and the rest with the places of both. Raises TypeError for a subclass of Tensor."""
+    tensors: list[torch.Tensor] = []
+    numbers: list[Number] = []
+    values: list[Hashable] = []
+    for x in arguments:
+        parts = (x,)
+        if x.__class__ is tuple:
+            parts = x
+            values.append(len(x))
+        for part in parts:
+            kind = part.__class__
+            if kind in PLAIN:
+                tensors.append(part)
+                values.append(kind)
+            elif kind is Number:
+                numbers.append(part)
+                values.append(kind)
+            elif isinstance(part, torch.Tensor):
+                raise TypeError(kind)
+            else:
+                values += (kind, part)
+    return tensors, numbers, values
+
+
+def _remember(memory: Memory, key: Hashable, fits: Fits, again: Again) -> None:
+    """The newest layouts come first: they are those that come next."""
+    if len(memory) >= CAPACITY:
+        memory.clear()
+    memory[key] = [(fits, again), *memory.get(key, ())][:MOST_LAYOUTS]
+
+
+def _layouts(tensors: Sequence[torch.Tensor]) -> Fits:
+    """Whether other tensors have the types, shapes, strides, dtypes and devices of these.
+
+    A tensor given twice must be so again: the guards want each of theirs to be another one.
+    """
+    firsts = [next(j for j, y in enumerate(tensors) if y is x) for x in tensors]
+    unique = sorted(set(firsts))
+    same = _guarded([tensors[i] for i in unique])
+    if len(unique) == len(tensors):
+        return same
+
+    def fits(*others: torch.Tensor) -> bool:
+        return all(others[j] is x for j, x in zip(firsts, others, strict=True)) and same(*(others[i] for i in unique))
+
+    return fits
+
+
+def _guarded(tensors: Sequence[torch.Tensor]) -> Fits:
+    """The same for tensors that are all different ones.
+
+    Torch's guards of compiled functions look at all tensors in one call, at a tenth of the cost of asking each of them
+    from Python. They are not public, so they may be missing.
+    """
+    if guards is None:
+        return _compared(tensors)
+    shapes: list[Any] = [list(x.shape) for x in tensors]
+    strides: list[Any] = [list(x.stride()) for x in tensors]
+    return guards.TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+
+
+def _compared(tensors: Sequence[torch.Tensor]) -> Fits:
+    layouts = [_layout(x) for x in tensors]
+    return lambda *others: [_layout(x) for x in others] == layouts
+
+
+def _layout(x: torch.Tensor) -> tuple[Hashable, ...]:
+    return x.__class__, x.shape, x.stride(), x.dtype, x.get_device()
 
 
 def _in_turn(launches: list[Again]) -> Again:
@@ -127,25 +193,16 @@ def _in_turn(launches: list[Again]) -> Again:
     return launch_all
 
 
-def _record(
-    memory: Memory,
-    kind: Hashable,
-    tensors: list[Input],
-    function: Callable[..., None],
-    arguments: Sequence[Any],
-) -> None:
-    """Call the function and remember what it launched."""
-    outer, recording.tensors, recording.launches = recording.tensors, tensors, []
+def _recorded(inputs: list[Input], function: Callable[..., None], arguments: Sequence[Any]) -> list[Again]:
+    """Call the function; what it launched, nothing if that cannot be repeated."""
+    outer, recording.tensors, recording.launches = recording.tensors, inputs, []
     try:
         function(*arguments)
         launches = recording.launches
     finally:
         recording.tensors, recording.launches = outer, []
     repeatable = [launch for launch in launches if launch is not None]
-    if repeatable and len(repeatable) == len(launches) and outer is None:
-        if len(memory) >= CAPACITY:
-            memory.clear()
-        memory[kind] = _in_turn(repeatable)
+    return repeatable if len(repeatable) == len(launches) and outer is None else []
 
 
 class Template:

@@ -90,6 +90,17 @@ def _softmax(
     q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Probabilities `[num_qo_heads, qo_len, kv_len]` and natural lse `[num_qo_heads, qo_len]`, float64 or float32."""
+    q_pos, kv_pos = _positions(q, k)
+    logits = _logits(q, k, options, dtype)
+    if options.pos_encoding_mode == "ALIBI":
+        logits = logits + _alibi_bias(q_pos, kv_pos, q.shape[1]).to(logits.dtype)
+    logits = logits.masked_fill(~visible(q_pos, kv_pos, options), -math.inf)
+    lse = torch.logsumexp(logits, dim=-1)
+    return torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]), lse
+
+
+def _logits(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, dtype: torch.dtype) -> torch.Tensor:
+    """q . k * sm_scale, rotated and capped as the options say, `[num_qo_heads, qo_len, kv_len]`, float64 or float32."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     q_pos, kv_pos = _positions(q, k)
     q, k = q.to(dtype), k.to(dtype)
@@ -99,24 +110,23 @@ def _softmax(
     logits = _products(q, k).to(wide) * options.scale(q.shape[-1])
     if options.soft_cap > 0:
         logits = options.soft_cap * torch.tanh(logits / options.soft_cap)
-    if options.pos_encoding_mode == "ALIBI":
-        logits = logits + _alibi_bias(q_pos, kv_pos, q.shape[1]).to(wide)
-    logits = logits.masked_fill(~visible(q_pos, kv_pos, options), -math.inf)
-    lse = torch.logsumexp(logits, dim=-1)
-    return torch.exp(logits - lse.masked_fill(lse == -math.inf, 0.0)[..., None]), lse
+    return logits
 
 
 # n terms of random sign, added one after the other: the k-th partial sum is about sqrt(k) terms large and rounds by
 # eps / 2 / sqrt(3) of that, which makes a standard deviation of 0.20 n eps terms; the magnitudes add up to 0.64 n for
 # products of normal numbers. Five standard deviations are 1.6 times eps times that sum. A GPU adds so, a CPU in blocks.
 SEQUENTIAL_SUM = 1.6
+# Largest relative error of tanh.approx.f32 (PTX ISA 9.0, section 9.7.3.22), which kernels take for 16-bit inputs.
+TANH_ERROR = 2.0**-11
 
 
 def _logit_noise(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, dtype: torch.dtype) -> torch.Tensor:
     """Errors of the logits, float64 `[num_qo_heads, qo_len, kv_len]`.
 
     A float32 eps times the sum of the magnitudes of all terms: |q||k| (with rotation also times the angles) as often as
-    `SEQUENTIAL_SUM` says, the cap, the ALiBi bias, and 1 for the exponential.
+    `SEQUENTIAL_SUM` says, the cap, the ALiBi bias, and 1 for the exponential. For 16-bit inputs also what the GPU's own
+    tanh may be off, `TANH_ERROR` of the capped logit.
     With rotation also the rounding of both factors of each product to
     `dtype`: independent, so an eps of `dtype` times the root of the sum of squares (5 standard deviations).
     """
@@ -136,7 +146,10 @@ def _logit_noise(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, dt
     size = size * factor * SEQUENTIAL_SUM + options.soft_cap + 1.0
     if options.pos_encoding_mode == "ALIBI":
         size = size + _alibi_bias(q_pos, kv_pos, q.shape[1]).abs()
-    return size * torch.finfo(torch.float32).eps + rounded * factor
+    noise = size * torch.finfo(torch.float32).eps + rounded * factor
+    if options.soft_cap > 0 and dtype.itemsize == 2:
+        noise = noise + TANH_ERROR * _logits(q, k, options, torch.float64).abs()
+    return noise
 
 
 def _products(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -154,6 +154,42 @@ def test_the_memory_is_bounded(recorder: Recorder, monkeypatch: pytest.MonkeyPat
     assert recorder.calls == 6
 
 
+def test_layouts_of_the_same_values_are_bounded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "MOST_LAYOUTS", 2)
+    for n in (1, 2, 3, 2, 3, 1):
+        recorder.remembered(torch.zeros(n), 0.5)
+    assert recorder.calls == 4 and len(recorder.again) == 2
+
+
+def test_a_tensor_given_twice_must_be_so_again(recorder: Recorder) -> None:
+    x, y = torch.zeros(3), torch.zeros(3)
+    recorder.remembered(x, 1, x)
+    recorder.remembered(y, 1, y)
+    assert recorder.calls == 1 and recorder.again == [addresses(y, y)]
+    recorder.remembered(x, 1, y)
+    assert recorder.calls == 2
+
+
+VIEWS = {
+    "same": X[16:24].view(2, 4), "shape": X[:8].view(4, 2), "rank": X[:8], "stride": X[:16].view(2, 8)[:, :4],
+    "transposed": X[:8].view(4, 2).T, "dtype": X[:8].view(2, 4).view(torch.int8), "broadcast": X[:4].expand(2, 4),
+    "parameter": torch.nn.Parameter(X[:8].view(2, 4), requires_grad=False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_torchs_guards_see_what_comparing_sees(name: str) -> None:
+    tensors = (X[:8].view(2, 4), torch.zeros(5))
+    fits, compared = replay._guarded(tensors), replay._compared(tensors)
+    assert fits(VIEWS[name], torch.zeros(5)) == compared(VIEWS[name], torch.zeros(5)) == (name == "same")
+    assert not fits(torch.zeros(5), VIEWS[name]) and not compared(torch.zeros(5), VIEWS[name])
+
+
+def test_without_torchs_guards(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replay, "guards", None)
+    test_the_same_layouts_are_repeated(recorder)
+
+
 def test_errors_are_not_remembered(recorder: Recorder) -> None:
     @replayed
     def fails(x: torch.Tensor) -> None:
@@ -185,8 +221,9 @@ def test_lookers_on_see_every_call(recorder: Recorder) -> None:
     recorder.remembered(x.as_subclass(Subclass))
     recorder.remembered([x])
     assert recorder.calls == 4 and not recorder.again
-    recorder.remembered(torch.nn.Parameter(x))
-    assert len(recorder.again) == 1
+    for _ in range(2):  # a kind of its own
+        recorder.remembered(torch.nn.Parameter(x))
+    assert recorder.calls == 5 and len(recorder.again) == 1
 
 
 def test_cpu_tensors_are_not_remembered() -> None:

@@ -57,6 +57,8 @@ class Part:
 
     unit: (inner, outer), both > 0: the logits hook is given x * inner and returns logits / outer. Kernels merge these
     factors with those that they multiply with anyway. The twin knows nothing of it.
+    limit: what the logits hook returns (times outer) lies in [-limit, limit], or is NaN. Kernels may then do without a
+    running maximum; a hook that breaks its promise overflows there.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Part:
     mask: Callable[..., Any] | None = None
     bounds: Callable[..., Any] | None = None
     unit: tuple[float, float] | None = None
+    limit: float | None = None
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,11 @@ def variant(
     captured: tuple[Any, ...] = (),
     twin: Twin | None = None,
     unit: tuple[float, float] | None = None,
+    limit: float | None = None,
     **hooks: Callable[..., Any],
 ) -> Variant:
     """A variant of one part: `variant("mine", captured=(t, 2.0), logits=hook, twin=Twin(logits=torch_function))`."""
-    return Variant((Part(name, twin or Twin(), captured, unit=unit, **hooks),))
+    return Variant((Part(name, twin or Twin(), captured, unit=unit, limit=limit, **hooks),))
 
 
 def clamped_bounds(variant: Variant, q_lo: Any, q_hi: Any, qo_len: Any, kv_len: Any, maximum: Any, minimum: Any) -> Any:

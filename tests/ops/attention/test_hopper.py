@@ -47,6 +47,9 @@ OPTIONS = {
     "window alone": {"window_left": 130},
     "window 0": {"causal": True, "window_left": 0},
     "cap": {"causal": True, "logits_soft_cap": 1.5},
+    # Logits from one end of the cap to the other: with a running maximum (fp16, or a larger cap) and without.
+    "cap reached": {"causal": True, "logits_soft_cap": 50.0, "sm_scale": 2.0},
+    "large cap reached": {"causal": True, "logits_soft_cap": 60.0, "sm_scale": 2.0},
     "alibi": {"pos_encoding_mode": "ALIBI", "causal": True},
     "capped alibi window": {
         "pos_encoding_mode": "ALIBI", "causal": True, "logits_soft_cap": 3.0, "window_left": 150,

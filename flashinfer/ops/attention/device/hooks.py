@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
@@ -72,19 +73,23 @@ class Traits(NamedTuple):
     """What a configuration depends on of a variant.
 
     logits, key, masks: whether such hooks exist. masks_have_bounds: whether the bounds say where every mask is True
-    throughout; only then can a tile skip its mask.
+    throughout; only then can a tile skip its mask. limit: of the size of logits, in natural units;
+    inf where none is known.
     """
 
     logits: bool
     key: bool
     masks: bool
     masks_have_bounds: bool
+    limit: float
 
 
 def traits_of(variant: Variant) -> Traits:
     unbounded = any(part.mask is not None and part.bounds is None for part in variant.parts)
     logits, key, masks = (bool(variant.having(hook)) for hook in ("logits", "key", "mask"))
-    return Traits(logits, key, masks, not unbounded)
+    last = variant.having("logits")[-1:]
+    limit = last[0].limit if last and last[0].limit is not None else math.inf
+    return Traits(logits, key, masks, not unbounded, limit)
 
 
 def launch_key(variant: Variant) -> tuple[Any, ...]:

@@ -11,6 +11,8 @@ from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
+import torch
+
 from flashinfer.ops.attention.device.hooks import Traits
 from flashinfer.ops.attention.device.planner import PlannerConfig
 from flashinfer.ops.attention.gluon_sm90.kernel import GROUPS, GluonConfig
@@ -21,6 +23,9 @@ from flashinfer.ops.attention.support import HOPPER_QUERY_TILE
 BOX = 64
 # Query heads worked on side by side: their K and V share the L2 cache.
 HEAD_BLOCK = 8
+# Exponents, base 2, up to which bf16 weights and their fp32 sums need no running maximum to stay in range: 2^80, times
+# a million tokens and values of 2^26, is still finite, and 2^-80 still normal.
+MOST_EXPONENT = 80
 # Bytes of L2 that the K and V of one section of requests may fill.
 SECTION_BYTES = 24 << 20
 
@@ -81,6 +86,7 @@ def configured(spec: AttentionSpec, traits: Traits, schedule: Schedule) -> Gluon
         natural_logits=traits.logits,
         masks_have_bounds=traits.masks_have_bounds,
         turns=schedule.turns,
+        fixed_maximum=spec.q_dtype == torch.bfloat16 and traits.limit * math.log2(math.e) <= MOST_EXPONENT,
     )
 
 

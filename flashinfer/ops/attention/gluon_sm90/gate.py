@@ -56,6 +56,8 @@ def _problems() -> Iterator[Problem]:
     yield Problem("full_d256", Variant(), head_dim=256)
     yield Problem("causal_d256_page16", causal, 16, head_dim=256)
     yield Problem("cap", causal & variants.soft_cap(30.0, fast=True))
+    yield Problem("cap_fp16", causal & variants.soft_cap(30.0, fast=True), dtype=torch.float16)
+    yield Problem("cap_d256", causal & variants.soft_cap(50.0, fast=True), head_dim=256)
     yield Problem("window", causal & variants.sliding_window(1023))
     yield Problem("alibi", variants.alibi(meta) & causal)
     yield Problem("mask", variants.custom_mask(meta.to(torch.uint8), meta.to(torch.int32)))

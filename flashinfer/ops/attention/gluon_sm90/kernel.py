@@ -46,7 +46,7 @@ class GluonConfig:
     tokens of a TMA box, 0 where threads copy K and V token by token. page_size: 0 if ragged. head_block: query heads
     worked on side by side (they share K and V in the L2 cache). share_out: the output leaves through the memory of the
     queries. natural_logits, masks_have_bounds: as in the Triton kernel. turns: whether warpgroups take turns at the
-    tensor cores.
+    tensor cores. fixed_maximum: weights are relative to a logit of 0, not to each row's maximum.
     """
 
     head_dim: int
@@ -62,6 +62,7 @@ class GluonConfig:
     natural_logits: bool
     masks_have_bounds: bool
     turns: bool
+    fixed_maximum: bool
 
 
 class Tiles(NamedTuple):
@@ -122,8 +123,11 @@ def _step(q, state, channels, n, end, item, begin, hooks, scale, turns, MASK: gl
     keys.wait(n + 1, n + 1 < end)
     acc = warpgroup_mma_wait(0, deps=[acc])
     values.release(n - 1)
-    l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + sums
-    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OL))[:, None]
+    if cfg.fixed_maximum:
+        l_i = l_i + sums
+    else:
+        l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + sums
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OL))[:, None]
     return p, acc, m_i, l_i
 
 
@@ -208,7 +212,7 @@ def _consumer(o_desc, channels, outputs, output, work, heads, hooks, factors, CI
         q = queries.part(n, CID)
         keys.wait(done)
         zero = gl.full([cfg.rows, cfg.block_n], 0.0, gl.float32, SL)
-        m_i = gl.full([cfg.rows], LOWEST, gl.float32, gl.SliceLayout(1, SL))
+        m_i = gl.full([cfg.rows], 0.0 if cfg.fixed_maximum else LOWEST, gl.float32, gl.SliceLayout(1, SL))
         if cfg.turns:
             turns.take()
         s = warpgroup_mma(q, keys.part(done, 0).permute((1, 0)), zero, use_acc=False, is_async=True)

@@ -77,7 +77,10 @@ LOWEST = gl.constexpr(-1e20)
 def online(s, m_i, hooks, scale, cfg: gl.constexpr):
     """Weights of a tile under the new maximum, that maximum, and what it makes of older sums."""
     factor = exponent_factor(hooks.logits, scale, cfg.natural_logits)
-    m_new = gl.maximum(m_i, gl.max(s, 1))
-    p = gl.exp2(s * factor - (m_new * factor)[:, None])
-    alpha = gl.exp2((m_i - m_new) * factor)
+    if cfg.fixed_maximum:
+        p, m_new, alpha = gl.exp2(s * factor), m_i, m_i
+    else:
+        m_new = gl.maximum(m_i, gl.max(s, 1))
+        p = gl.exp2(s * factor - (m_new * factor)[:, None])
+        alpha = gl.exp2((m_i - m_new) * factor)
     return p, m_new, alpha

@@ -31,6 +31,5 @@ def soft_cap(cap: float, fast: bool = False) -> Variant:
     fast: with the GPU's own tanh, whose error is that of 16-bit operands; NVIDIA only.
     """
     tanh = _fast_tanh if fast else _tanh
-    return variant(
-        "soft_cap", captured=(float(cap),), logits=tanh, unit=(1.0 / cap, float(cap)), twin=Twin(logits=_twin)
-    )
+    cap = float(cap)
+    return variant("soft_cap", captured=(cap,), logits=tanh, unit=(1.0 / cap, cap), limit=cap, twin=Twin(logits=_twin))
