@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from functools import reduce, wraps
+from functools import lru_cache, reduce, wraps
 from operator import itemgetter, or_
 from typing import Any
 
@@ -82,15 +82,23 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
     def call(*arguments: Any) -> None:
         if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
             return function(*arguments)
-        try:
-            tensors, numbers, values = _taken_apart(arguments)
-            addresses = [*map(_address, tensors)]
-            offsets = tuple(x & 15 for x in addresses) if reduce(or_, addresses, 0) & 15 else 0
-            key = (offsets, *values)
-            known = memory.get(key, ())
-        except TypeError:  # a subclass of Tensor, or what cannot be hashed: the function knows what to do with it
+        flat, lengths = arguments, []
+        for x in arguments:
+            if x.__class__ is tuple:
+                flat += x
+                lengths.append(len(x))
+        form = _form((*map(type, flat),), (*lengths,))
+        if form is None:
             return function(*arguments)
-        addresses += numbers
+        tensors = form.tensors(flat)
+        addresses = [*map(_address, tensors)]
+        offsets = tuple(x & 15 for x in addresses) if reduce(or_, addresses, 0) & 15 else 0
+        key = (form, offsets, form.values(flat))
+        try:
+            known = memory.get(key, ())
+        except TypeError:  # something cannot be hashed: the function knows what to say to it
+            return function(*arguments)
+        addresses += form.numbers(flat)
         for fits, again in known:
             if fits(*tensors):
                 if again(addresses):
@@ -98,7 +106,7 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
                 break
         if any(x.get_device() < 0 for x in tensors):  # the CPU: nothing is launched there
             return function(*arguments)
-        launches = _recorded([*tensors, *numbers], function, arguments)
+        launches = _recorded([*tensors, *form.numbers(flat)], function, arguments)
         if launches:
             _remember(memory, key, _layouts(tensors), _in_turn(launches))
         return None
@@ -106,29 +114,33 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
     return call
 
 
-def _taken_apart(arguments: tuple[Any, ...]) -> tuple[list[torch.Tensor], list[Number], list[Hashable]]:
-    """All tensors, all Numbers, and the rest with the places of both. Raises TypeError for a subclass of Tensor."""
-    tensors: list[torch.Tensor] = []
-    numbers: list[Number] = []
-    values: list[Hashable] = []
-    for x in arguments:
-        parts = (x,)
-        if x.__class__ is tuple:
-            parts = x
-            values.append(len(x))
-        for part in parts:
-            kind = part.__class__
-            if kind in PLAIN:
-                tensors.append(part)
-                values.append(kind)
-            elif kind is Number:
-                numbers.append(part)
-                values.append(kind)
-            elif isinstance(part, torch.Tensor):
-                raise TypeError(kind)
-            else:
-                values += (kind, part)
-    return tensors, numbers, values
+class _Form:
+    """Of which types the arguments of a call are: arguments, then the contents of those that are tuples.
+
+    tensors, numbers, values: what they are given all of these for, to pick the tensors, the Numbers and the rest.
+    """
+
+    def __init__(self, types: tuple[type, ...], num_arguments: int) -> None:
+        self.tensors = _picker([i for i, kind in enumerate(types) if kind in PLAIN])
+        self.numbers = _picker([i for i, kind in enumerate(types) if kind is Number])
+        known = (*PLAIN, Number)
+        opened = [i for i in range(num_arguments) if types[i] is tuple]
+        self.values = _picker([i for i, kind in enumerate(types) if kind not in known and i not in opened])
+
+
+@lru_cache(maxsize=CAPACITY)
+def _form(types: tuple[type, ...], lengths: tuple[int, ...]) -> _Form | None:
+    """The form of these types, always the same object. lengths: of the tuples. None with a subclass of Tensor."""
+    if any(issubclass(kind, torch.Tensor) and kind not in PLAIN for kind in types):
+        return None
+    return _Form(types, len(types) - sum(lengths))
+
+
+def _picker(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """itemgetter that always returns a tuple."""
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda flat: tuple(flat[i] for i in places)
 
 
 def _remember(memory: Memory, key: Hashable, fits: Fits, again: Again) -> None:
