@@ -35,13 +35,17 @@ def get_seq_lens(kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_s
     kv_indptr: `[batch_size + 1]` in pages. kv_last_page_len: `[batch_size]`; of no meaning where there are no pages.
     page_size: tokens a page. Returns int32 `[batch_size]` on their device, without waiting for it.
     """
-    check.tensor("kv_indptr", kv_indptr, dtypes=check.INDEX_DTYPES)
-    _check_indptr("kv_indptr", kv_indptr)
+    _check_indptr("kv_indptr", check.tensor("kv_indptr", kv_indptr, dtypes=check.INDEX_DTYPES))
+    out = torch.empty(kv_indptr.shape[0] - 1, dtype=torch.int32, device=kv_indptr.device)
+    _seq_lens(out, kv_indptr, kv_last_page_len, page_size)
+    return out
+
+
+@replayed
+def _seq_lens(out: torch.Tensor, kv_indptr: torch.Tensor, kv_last_page_len: torch.Tensor, page_size: int) -> None:
     _check_last_page_len(kv_last_page_len, kv_indptr)
     check.positive("page_size", page_size)
-    out = torch.empty(kv_indptr.shape[0] - 1, dtype=torch.int32, device=kv_indptr.device)
     ops.seq_lens(out, kv_indptr, kv_last_page_len, page_size)
-    return out
 
 
 def _check_indptr(name: str, x: torch.Tensor) -> None:

@@ -11,8 +11,10 @@ import torch
 from flashinfer.core import check
 from flashinfer.core.kv_cache import PagedKVCache, page_table, paged_views
 from flashinfer.core.kv_cache import kv_layout as checked_layout
+from flashinfer.core.replay import replayed
 from flashinfer.ops import page as ops
 
+Pair = tuple[torch.Tensor, torch.Tensor]
 SCALE_DTYPES = (torch.uint8, torch.float8_e4m3fn)
 
 
@@ -37,11 +39,23 @@ def nvfp4_quantize_append_paged_kv_cache(
     or one tensor `[pages, 2, ...]`; kv_cache_sf: e4m3 or its bytes in the same form, `head_dim / 16` wide. k_scale,
     v_scale: the global scales, numbers above 0. The page table is that of `append_paged_kv_cache`.
     """
-    like = ("append_key", append_key)
-    where = page_table((batch_indices, positions, kv_indices, kv_indptr), like)
-    check.tensor("kv_last_page_len", kv_last_page_len, dtypes=check.INDEX_DTYPES, like=like)
-    caches = _caches(append_key, append_value, paged_kv_cache, kv_cache_sf, kv_layout)
-    ops.append_fp4(caches, [append_key, append_value], where, _scales(k_scale, v_scale))
+    table = (batch_indices, positions, kv_indices, kv_indptr, kv_last_page_len)
+    _append((append_key, append_value), table, paged_kv_cache, kv_cache_sf, (k_scale, v_scale), kv_layout)
+
+
+@replayed
+def _append(
+    rows: Pair,
+    table: tuple[torch.Tensor, ...],
+    cache: PagedKVCache,
+    factors: PagedKVCache,
+    scales: tuple[float, float],
+    kv_layout: str,
+) -> None:
+    like = ("append_key", rows[0])
+    where = page_table(table[:4], like)
+    check.tensor("kv_last_page_len", table[4], dtypes=check.INDEX_DTYPES, like=like)
+    ops.append_fp4(_caches(*rows, cache, factors, kv_layout), list(rows), where, _scales(*scales))
 
 
 def nvfp4_quantize_append_paged_kv_cache_with_slot_mapping(
@@ -55,15 +69,27 @@ def nvfp4_quantize_append_paged_kv_cache_with_slot_mapping(
     kv_layout: str = "NHD",
 ) -> None:
     """The same, addressed as vLLM and SGLang do: see `append_paged_kv_cache_with_slot_mapping`."""
-    like, dtypes = ("append_key", append_key), check.POSITION_DTYPES
+    rows, scales = (append_key, append_value), (k_scale, v_scale)
+    _append_to_slots(rows, slot_mapping, paged_kv_cache, kv_cache_sf, scales, kv_layout)
+
+
+@replayed
+def _append_to_slots(
+    rows: Pair,
+    slot_mapping: torch.Tensor,
+    cache: PagedKVCache,
+    factors: PagedKVCache,
+    scales: tuple[float, float],
+    kv_layout: str,
+) -> None:
+    like, dtypes = ("append_key", rows[0]), check.POSITION_DTYPES
     check.tensor("slot_mapping", slot_mapping, dtypes=dtypes, shape=(None,), like=like, inner_contiguous=True)
     num_tokens = slot_mapping.shape[0]
-    key, value = append_key[:num_tokens], append_value[:num_tokens]
+    key, value = (x[:num_tokens] for x in rows)
     if key.shape[0] != num_tokens:
-        got = f"{append_key.shape[0]} rows for {num_tokens} slots"
+        got = f"{key.shape[0]} rows for {num_tokens} slots"
         raise ValueError(check.problem("append_key", got, "a row for each slot", "Pass the rows of all tokens."))
-    caches = _caches(key, value, paged_kv_cache, kv_cache_sf, kv_layout)
-    ops.append_fp4(caches, [key, value], [slot_mapping], _scales(k_scale, v_scale))
+    ops.append_fp4(_caches(key, value, cache, factors, kv_layout), [key, value], [slot_mapping], _scales(*scales))
 
 
 def _scales(k_scale: float, v_scale: float) -> list[float]:

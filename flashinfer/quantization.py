@@ -297,9 +297,23 @@ def nvfp4_kv_dequantize_paged(
     fp32 of one element; a number is code times block scale times these. output_k, output_v: `[batch, max_seq_len,
     num_kv_heads, head_dim]`, fp32, fp16 or bf16, innermost stride 1; what lies behind seq_lens stays as it is.
     """
+    caches, outs = (paged_kv_cache, kv_cache_sf), (output_k, output_v)
+    _dequantize_pages(*caches, block_tables, seq_lens, (k_scale, v_scale), outs, kv_layout)
+
+
+@replayed
+def _dequantize_pages(
+    cache: PagedKVCache,
+    cache_sf: PagedKVCache,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    factors: Pair,
+    outs: Pair,
+    kv_layout: str,
+) -> None:
     layout = checked_layout(kv_layout)
-    codes, scales = paged_views(paged_kv_cache, layout), paged_views(kv_cache_sf, layout)
-    for i, (name, out) in enumerate((("output_k", output_k), ("output_v", output_v))):
+    codes, scales = paged_views(cache, layout), paged_views(cache_sf, layout)
+    for i, (name, out) in enumerate(zip(("output_k", "output_v"), outs, strict=True)):
         like = (name, out)
         check.tensor(name, out, dtypes=check.FLOAT_DTYPES, shape=(None,) * 4, inner_contiguous=True)
         batch_size, _, num_heads, head_dim = out.shape
@@ -310,7 +324,7 @@ def nvfp4_kv_dequantize_paged(
         check.tensor("kv_cache_sf", scales[i], dtypes=dtypes, shape=shape, like=like, inner_contiguous=True)
         check.tensor("block_tables", block_tables, dtypes=check.POSITION_DTYPES, shape=(batch_size, None), like=like)
         lens = check.tensor("seq_lens", seq_lens, dtypes=check.INDEX_DTYPES, shape=(batch_size,), like=like)
-        factor = check.scalar(("k_scale", "v_scale")[i], (k_scale, v_scale)[i], like)
+        factor = check.scalar(("k_scale", "v_scale")[i], factors[i], like)
         ops.dequantize_fp4_pages(out, codes[i], scales[i], factor, block_tables, lens.contiguous())
 
 

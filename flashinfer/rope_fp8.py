@@ -9,7 +9,12 @@ import torch
 from flashinfer.core import check
 from flashinfer.core.kv_cache import kv_layout as checked_layout
 from flashinfer.core.kv_cache import page_table, paged_views
+from flashinfer.core.replay import replayed
 from flashinfer.ops import rope as ops
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+# q_rope, k_rope, q_nope, k_nope.
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
 def _three_dims(x: torch.Tensor) -> torch.Tensor:
@@ -46,17 +51,25 @@ def _quantize_dtype(wanted: torch.dtype | None, outs: Sequence[torch.Tensor | No
     return dtype
 
 
-def _outs(
-    names: Sequence[str], sources: Sequence[torch.Tensor], outs: Sequence[torch.Tensor | None], dtype: torch.dtype
-) -> list[torch.Tensor]:
-    """The outputs, those not given made."""
-    made = []
+def _made(
+    name: str, rope: torch.Tensor, nope: torch.Tensor | None, outs: Sequence[torch.Tensor | None], dtype: torch.dtype
+) -> Pair:
+    """The outputs of the rotated part and of the rest, those not given made. name: of `rope`."""
+    check.tensor(name, rope)
+    shapes = (rope.shape, (*rope.shape[:-1], 0) if nope is None else nope.shape)
+    rope_out, nope_out = (
+        torch.empty(shape, dtype=dtype, device=rope.device) if out is None else out
+        for shape, out in zip(shapes, outs, strict=True)
+    )
+    return rope_out, nope_out
+
+
+def _check_outs(
+    names: Sequence[str], sources: Sequence[torch.Tensor], outs: Sequence[torch.Tensor], dtype: torch.dtype
+) -> None:
     for name, source, out in zip(names, sources, outs, strict=True):
-        if out is None:
-            out = torch.empty(source.shape, dtype=dtype, device=source.device)
         like = ("q_rope", source)
-        made.append(check.tensor(name, out, dtypes=(dtype,), shape=source.shape, like=like, inner_contiguous=True))
-    return made
+        check.tensor(name, out, dtypes=(dtype,), shape=source.shape, like=like, inner_contiguous=True)
 
 
 def rope_quantize_fp8(
@@ -86,20 +99,31 @@ def rope_quantize_fp8(
     Returns (q_rope_out, k_rope_out, q_nope_out, k_nope_out); a part that is None gives a tensor of dim 0.
     """
     check.choice("backend", backend, ("auto", "cuda", "cutile"))
-    sources = _check_parts(q_rope, k_rope, q_nope, k_nope)
-    _check_rope_table(pos_ids, cos_sin_cache, q_rope)
     given = (q_rope_out, k_rope_out, q_nope_out, k_nope_out)
     dtype = _quantize_dtype(quantize_dtype, given)
-    outs = _outs(("q_rope_out", "k_rope_out", "q_nope_out", "k_nope_out"), sources, given, dtype)
-    ops.rope_quantize(
-        [_three_dims(x) for x in outs],
-        [_three_dims(x) for x in sources],
-        pos_ids,
-        cos_sin_cache,
-        [float(quant_scale_q), float(quant_scale_kv)],
-        not is_neox,
-    )
-    return outs[0], outs[1], outs[2], outs[3]
+    q_outs = _made("q_rope", q_rope, q_nope, (q_rope_out, q_nope_out), dtype)
+    k_outs = _made("k_rope", k_rope, k_nope, (k_rope_out, k_nope_out), dtype)
+    parts, scales = (q_rope, k_rope, q_nope, k_nope), (float(quant_scale_q), float(quant_scale_kv))
+    outs = (q_outs[0], k_outs[0], q_outs[1], k_outs[1])
+    _quantize(outs, parts, cos_sin_cache, pos_ids, is_neox, dtype, scales)
+    return outs
+
+
+@replayed
+def _quantize(
+    outs: tuple[torch.Tensor, ...],
+    parts: Parts,
+    cos_sin_cache: torch.Tensor,
+    pos_ids: torch.Tensor,
+    is_neox: bool,
+    dtype: torch.dtype,
+    scales: tuple[float, float],
+) -> None:
+    sources = _check_parts(*parts)
+    _check_rope_table(pos_ids, cos_sin_cache, sources[0])
+    _check_outs(("q_rope_out", "k_rope_out", "q_nope_out", "k_nope_out"), sources, outs, dtype)
+    moved = ([_three_dims(x) for x in outs], [_three_dims(x) for x in sources])
+    ops.rope_quantize(*moved, pos_ids, cos_sin_cache, list(scales), not is_neox)
 
 
 def _check_rope_table(pos_ids: torch.Tensor, cos_sin_cache: torch.Tensor, q_rope: torch.Tensor) -> None:
@@ -165,13 +189,35 @@ def rope_quantize_fp8_append_paged_kv_cache(
     kv_indices, kv_indptr, batch_indices, positions: int32, as in `append_paged_kv_cache`. The other arguments as in
     `rope_quantize_fp8`. Returns (q_rope_out, q_nope_out).
     """
-    sources = _check_parts(q_rope, k_rope, q_nope, k_nope)
-    _check_rope_table(pos_ids, cos_sin_cache, q_rope)
     dtype = _quantize_dtype(quantize_dtype, (q_rope_out, q_nope_out))
-    q_outs = _outs(("q_rope_out", "q_nope_out"), sources[::2], (q_rope_out, q_nope_out), dtype)
-    like = ("q_rope", q_rope)
-    table = page_table((batch_indices, positions, kv_indices, kv_indptr), like)
-    rope_cache, nope_cache, v_cache = _cache_parts(paged_kv_cache, kv_layout, sources, v)
+    q_outs = _made("q_rope", q_rope, q_nope, (q_rope_out, q_nope_out), dtype)
+    parts, angles = (q_rope, k_rope, q_nope, k_nope), (cos_sin_cache, pos_ids)
+    table = (batch_indices, positions, kv_indices, kv_indptr)
+    scales = (float(quant_scale_q), float(quant_scale_kv))
+    _quantize_append(q_outs, parts, v, angles, paged_kv_cache, table, scales, (is_neox, dtype, page_size, kv_layout))
+    return q_outs
+
+
+@replayed
+def _quantize_append(
+    q_outs: Pair,
+    parts: Parts,
+    v: torch.Tensor | None,
+    angles: Pair,
+    caches: Pair,
+    table: tuple[torch.Tensor, ...],
+    scales: tuple[float, float],
+    options: tuple[bool, torch.dtype, int, str],
+) -> None:
+    """angles: cos_sin_cache, pos_ids. table: that of `page_table`. options: is_neox, dtype, page_size, kv_layout."""
+    is_neox, dtype, page_size, kv_layout = options
+    cos_sin_cache, pos_ids = angles
+    sources = _check_parts(*parts)
+    like = ("q_rope", sources[0])
+    _check_rope_table(pos_ids, cos_sin_cache, sources[0])
+    _check_outs(("q_rope_out", "q_nope_out"), sources[::2], q_outs, dtype)
+    where = page_table(table, like)
+    rope_cache, nope_cache, v_cache = _cache_parts(caches, kv_layout, sources, v)
     moved = [_three_dims(x) for x in sources]
     targets = [q_outs[0], rope_cache, q_outs[1], nope_cache]
     if v is not None and v_cache is not None:
@@ -181,9 +227,7 @@ def rope_quantize_fp8_append_paged_kv_cache(
         if i not in (0, 2):
             name, shape = "V cache" if i == 4 else "K cache", (None, page_size, *moved[i].shape[1:])
             check.tensor(name, targets[i], dtypes=(dtype,), shape=shape, like=like, inner_contiguous=True)
-    scales = [float(quant_scale_q), float(quant_scale_kv)]
-    ops.rope_quantize_append(targets, moved, pos_ids, cos_sin_cache, table, scales, not is_neox)
-    return q_outs[0], q_outs[1]
+    ops.rope_quantize_append(targets, moved, pos_ids, cos_sin_cache, where, list(scales), not is_neox)
 
 
 def _cache_parts(
