@@ -46,7 +46,7 @@ class Weights(NamedTuple):
     values: `[W, N, K]` with a stride of 1 in K or in N (a transposed view of `[W, K, N]`); for fp4 kinds uint8
     `[W, N, K / 2]`, the even column in the low four bits. indices: int32 or int64 `[G]`, any stride: group g uses
     `values[indices[g]]`; negative: its rows become 0. scale: what values are multiplied by: kind "fp8_block": fp32
-    `[W, ceil(N / cols), ceil(K / 128)]` with 1 or 128 rows of the matrix to a scale; "mxfp4": uint8 powers of two (e8m0)
+    `[W, ceil(N / cols), ceil(K / 128)]` with 1 or 128 rows of the matrix to a scale; "mxfp4": uint8 e8m0
     `[W, N, K / 32]`; "nvfp4": e4m3 `[W, N, K / 16]`; else None. global_scale: fp32 `[W]` or one element, multiplies the
     sum; for "fp8_tensor" it is the scale of the weights.
     """
