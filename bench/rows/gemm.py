@@ -9,6 +9,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,22 +17,31 @@ import torch
 import flashinfer
 from bench.record import Call, Peer, Row, Sample, nan_like, nothing
 from flashinfer import gemm, grouped_mm
+from flashinfer.ops.gemm import Activation, Epilogue, Rows, Weights, grouped_gemm
 
 CHECKED_ROWS = 16
 BLOCK = 128
 E4M3 = torch.float8_e4m3fn
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+# Bytes of a number of the rows and of one of the weights, by kind; scales of fp4 are counted.
+BYTES = {"plain": (2.0, 2.0), "fp8_block": (1.0, 1.0), "mxfp4": (2.0, 17 / 32)}
 
 
 @dataclass(frozen=True)
 class GemmShape:
-    """Groups of `rows` rows on average. uneven: drawn, some of them empty, as many rows in all. fp8: block-scaled."""
+    """Groups of `rows` rows on average.
+
+    uneven: drawn, some of them empty, as many rows in all. kind: of the weights, see `ops.gemm.Weights`: "plain" bf16,
+    "fp8_block" on both sides, "mxfp4" with bf16 rows. gated: swiglu of pairs, the result n / 2 wide.
+    """
 
     groups: int
     rows: int
     n: int
     k: int
     uneven: bool = False
-    fp8: bool = False
+    kind: str = "plain"
+    gated: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,11 +64,15 @@ class GemmShape:
         return self.groups * self.rows
 
     @property
+    def out_cols(self) -> int:
+        return self.n // 2 if self.gated else self.n
+
+    @property
     def num_bytes(self) -> int:
         """Rows and the weights of groups that are not empty read once, the result written once."""
-        itemsize = 1 if self.fp8 else 2
+        per_row, per_weight = BYTES[self.kind]
         used = sum(size > 0 for size in self.sizes)
-        return itemsize * (self.total * self.k + used * self.n * self.k) + 2 * self.total * self.n
+        return int(per_row * self.total * self.k + per_weight * used * self.n * self.k) + 2 * self.total * self.out_cols
 
     @property
     def num_flops(self) -> int:
@@ -66,84 +80,119 @@ class GemmShape:
 
     def fields(self) -> dict[str, Any]:
         """The parameters, for JSON."""
-        numbers = {"groups": self.groups, "rows": self.rows, "n": self.n, "k": self.k}
-        return {**numbers, "sizes": self.sizes, "dtype": "fp8 1x128 / 128x128" if self.fp8 else "bfloat16"}
+        numbers = {"groups": self.groups, "rows": self.rows, "n": self.n, "k": self.k, "gated": self.gated}
+        return {**numbers, "sizes": self.sizes, "dtype": self.kind}
 
 
 @dataclass(frozen=True)
 class GemmInputs:
-    """x `[total, k]`, w `[groups, n, k]`; of fp8 the fp32 scales of both; indptr and sizes of the groups."""
+    """Both sides, and `out [total, out_cols]`."""
 
-    x: torch.Tensor
-    w: torch.Tensor
-    x_scale: torch.Tensor | None
-    w_scale: torch.Tensor | None
-    indptr: torch.Tensor
-    sizes: torch.Tensor
+    rows: Rows
+    weights: Weights
     out: torch.Tensor
 
     @property
     def device(self) -> torch.device:
-        return self.x.device
+        return self.out.device
+
+    @property
+    def indptr(self) -> torch.Tensor:
+        assert self.rows.indptr is not None
+        return self.rows.indptr
 
 
 def make(shape: GemmShape, generator: torch.Generator) -> GemmInputs:
-    """Normal numbers; fp8 over a scale of about 30."""
+    """Normal numbers, fp8 over a scale of about 30; codes and scales of fp4 drawn evenly."""
     device = generator.device
 
     def normal(*size: int) -> torch.Tensor:
         drawn = torch.randn(*size, generator=generator, device=device, dtype=torch.bfloat16)
-        return (drawn * 30).to(E4M3) if shape.fp8 else drawn
+        return (drawn * 30).to(E4M3) if shape.kind == "fp8_block" else drawn
 
-    def scales(*size: int) -> torch.Tensor | None:
-        return torch.rand(*size, generator=generator, device=device) * 0.01 + 0.001 if shape.fp8 else None
+    def drawn(low: int, high: int, *size: int) -> torch.Tensor:
+        return torch.randint(low, high, size, generator=generator, device=device, dtype=torch.uint8)
 
-    w = torch.stack([normal(shape.n, shape.k) for _ in range(shape.groups)])
     blocks = -(-shape.k // BLOCK)
+    x_scale = w_scale = None
+    if shape.kind == "fp8_block":
+        x_scale = torch.rand(shape.total, blocks, generator=generator, device=device) * 0.01 + 0.001
+        w_size = (shape.groups, -(-shape.n // BLOCK), blocks)
+        w_scale = torch.rand(*w_size, generator=generator, device=device) * 0.01 + 0.001
+    if shape.kind == "mxfp4":
+        w = drawn(0, 256, shape.groups, shape.n, shape.k // 2)
+        w_scale = drawn(122, 128, shape.groups, shape.n, shape.k // 32)
+    else:
+        w = torch.stack([normal(shape.n, shape.k) for _ in range(shape.groups)])
     sizes = torch.tensor(shape.sizes, device=device)
     indptr = torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int()
-    out = torch.empty(shape.total, shape.n, dtype=torch.bfloat16, device=device)
-    x_scale, w_scale = scales(shape.total, blocks), scales(shape.groups, -(-shape.n // BLOCK), blocks)
-    return GemmInputs(normal(shape.total, shape.k), w, x_scale, w_scale, indptr, sizes, nan_like(out))
+    out = torch.empty(shape.total, shape.out_cols, dtype=torch.bfloat16, device=device)
+    rows = Rows(normal(shape.total, shape.k), indptr, scale=x_scale)
+    return GemmInputs(rows, Weights(w, scale=w_scale, kind=shape.kind), nan_like(out))
 
 
-# ---- the public API
+# ---- what is called
 
 
 def call_grouped(shape: GemmShape, i: GemmInputs) -> Call:
     """`grouped_mm_bf16`, or `group_gemm_fp8_nt_groupwise`."""
-    if i.x_scale is None:
-        return Call(nothing, lambda: grouped_mm.grouped_mm_bf16(i.x, i.w, i.indptr, i.out), i.out)
-    arguments = (i.x, i.w, i.x_scale, i.w_scale, i.indptr)
+    x, w = i.rows.values, i.weights.values
+    if shape.kind == "plain":
+        return Call(nothing, lambda: grouped_mm.grouped_mm_bf16(x, w, i.indptr, i.out), i.out)
+    arguments = (x, w, i.rows.scale, i.weights.scale, i.indptr)
     options: dict[str, Any] = {"scale_major_mode": "K", "out": i.out}
     return Call(nothing, lambda: gemm.group_gemm_fp8_nt_groupwise(*arguments, **options), i.out)
+
+
+def call_op(shape: GemmShape, i: GemmInputs, backend: str = "auto") -> Call:
+    """The op behind the public functions, which has activations and 4-bit weights too."""
+    epilogue = Epilogue(None, Activation("swiglu") if shape.gated else None)
+    run = partial(grouped_gemm, i.rows, i.weights, epilogue, out=i.out, backend=backend)
+    return Call(nothing, run, i.out)
 
 
 def call_segments(shape: GemmShape, i: GemmInputs) -> Call:
     """`SegmentGEMMWrapper.run`."""
     wrapper = flashinfer.SegmentGEMMWrapper(torch.empty(1, dtype=torch.uint8, device=i.device))
-    return Call(nothing, lambda: wrapper.run(i.x, i.w, shape.groups, True, i.out, seg_indptr=i.indptr), i.out)
+    x, w = i.rows.values, i.weights.values
+    return Call(nothing, lambda: wrapper.run(x, w, shape.groups, True, i.out, seg_indptr=i.indptr), i.out)
 
 
 def call_dense_fp8(shape: GemmShape, i: GemmInputs) -> Call:
     """`gemm_fp8_nt_groupwise`; scales of one block of columns of a side by side, as torch wants them too."""
-    assert i.x_scale is not None and i.w_scale is not None
-    arguments = (i.x, i.w[0], i.x_scale.t().contiguous().t(), i.w_scale[0], "K")
+    assert i.rows.scale is not None and i.weights.scale is not None
+    scales = i.rows.scale.t().contiguous().t(), i.weights.scale[0]
+    arguments = (i.rows.values, i.weights.values[0], *scales, "K")
     return Call(nothing, lambda: gemm.gemm_fp8_nt_groupwise(*arguments, out=i.out), i.out)
 
 
 # ---- what it comes to
 
 
-def _numbers(values: torch.Tensor, scale: torch.Tensor | None, shared: int, dtype: torch.dtype) -> torch.Tensor:
-    if scale is None:
-        return values.to(dtype)
-    spread = scale.repeat_interleave(shared, 0)[: values.shape[0]].repeat_interleave(BLOCK, 1)
-    return values.to(dtype) * spread[:, : values.shape[1]].to(dtype)
+def _spread(scale: torch.Tensor, shared_rows: int, shared: int, like: torch.Tensor) -> torch.Tensor:
+    """A scale for every number of `like`."""
+    rows = scale.repeat_interleave(shared_rows, 0)[: like.shape[0]]
+    return rows.repeat_interleave(shared, 1)[:, : like.shape[1]].to(like.dtype)
+
+
+def _row(i: GemmInputs, row: int, dtype: torch.dtype) -> torch.Tensor:
+    x = i.rows.values[row : row + 1].to(dtype)
+    return x if i.rows.scale is None else x * _spread(i.rows.scale[row : row + 1], 1, BLOCK, x)
+
+
+def _matrix(i: GemmInputs, group: int, dtype: torch.dtype) -> torch.Tensor:
+    values, scale = i.weights.values[group], i.weights.scale
+    if i.weights.kind == "mxfp4":
+        assert scale is not None
+        table = torch.tensor([*E2M1, *(-v for v in E2M1)], dtype=dtype, device=values.device)
+        numbers = table[torch.stack([values & 15, values >> 4], -1).flatten(1).long()]
+        return numbers * _spread(torch.exp2(scale[group].to(dtype) - 127), 1, 32, numbers)
+    numbers = values.to(dtype)
+    return numbers if scale is None else numbers * _spread(scale[group], BLOCK, BLOCK, numbers)
 
 
 def samples(shape: GemmShape, i: GemmInputs, generator: torch.Generator) -> Iterator[Sample]:
-    """Rows at the ends of groups and random ones, group by group."""
+    """Rows at the ends of groups and random ones."""
     edges = torch.cat([i.indptr[:-1], i.indptr[1:] - 1]).long().clamp(0, shape.total - 1)
     drawn = torch.randint(shape.total, (CHECKED_ROWS,), generator=generator, device=i.device)
     rows = torch.cat([drawn, edges[torch.randperm(len(edges), generator=generator, device=i.device)[:CHECKED_ROWS]]])
@@ -152,30 +201,29 @@ def samples(shape: GemmShape, i: GemmInputs, generator: torch.Generator) -> Iter
     for dtype in (torch.float64, torch.float32):
         parts = []
         for row, g in zip(rows.tolist(), groups.tolist(), strict=True):
-            scale = None if i.x_scale is None else i.x_scale[row : row + 1]
-            x = _numbers(i.x[row : row + 1], scale, 1, dtype)
-            w = _numbers(i.w[g], None if i.w_scale is None else i.w_scale[g], BLOCK, dtype)
-            parts.append(x @ w.T)
+            y = _row(i, row, dtype) @ _matrix(i, g, dtype).T
+            if shape.gated:
+                up, gate = y.chunk(2, -1)
+                y = torch.nn.functional.silu(gate) * up
+            parts.append(y)
         results.append(torch.cat(parts))
     yield Sample("rows", rows, results[0], results[1].to(torch.bfloat16), shape.k)
 
 
 # ---- peers
 
-Open = Callable[[GemmShape, GemmInputs], Any]
-
 
 @contextmanager
 def open_torch_grouped(shape: GemmShape, i: GemmInputs) -> Iterator[Callable[[], torch.Tensor]]:
     """torch's own grouped product."""
-    w, ends = i.w.transpose(1, 2), i.indptr[1:].contiguous()
-    yield lambda: torch._grouped_mm(i.x, w, offs=ends, out_dtype=torch.bfloat16)
+    x, w, ends = i.rows.values, i.weights.values.transpose(1, 2), i.indptr[1:].contiguous()
+    yield lambda: torch._grouped_mm(x, w, offs=ends, out_dtype=torch.bfloat16)
 
 
 @contextmanager
 def open_bmm(shape: GemmShape, i: GemmInputs) -> Iterator[Callable[[], torch.Tensor]]:
     """cuBLAS, for groups of equal size."""
-    x, w = i.x.view(shape.groups, shape.rows, shape.k), i.w.transpose(1, 2)
+    x, w = i.rows.values.view(shape.groups, shape.rows, shape.k), i.weights.values.transpose(1, 2)
     out = torch.empty(shape.groups, shape.rows, shape.n, dtype=torch.bfloat16, device=i.device)
     yield lambda: torch.bmm(x, w, out=out).view(shape.total, shape.n)
 
@@ -183,25 +231,26 @@ def open_bmm(shape: GemmShape, i: GemmInputs) -> Iterator[Callable[[], torch.Ten
 @contextmanager
 def open_own_bf16(shape: GemmShape, i: GemmInputs) -> Iterator[Callable[[], torch.Tensor]]:
     """Our grouped product of bf16 numbers of the same sizes."""
-    x, w = i.x.bfloat16(), i.w.bfloat16()
-    out = torch.empty_like(i.out)
-    yield lambda: grouped_mm.grouped_mm_bf16(x, w, i.indptr, out)
+    same = GemmShape(shape.groups, shape.rows, shape.n, shape.k, shape.uneven, gated=shape.gated)
+    inputs = make(same, torch.Generator(i.device).manual_seed(0))
+    run = call_op(same, inputs).run
+    yield lambda: (run(), inputs.out)[1]
 
 
 @contextmanager
 def open_scaled_blocks(shape: GemmShape, i: GemmInputs) -> Iterator[Callable[[], torch.Tensor]]:
     """torch's block-scaled product, where it has one."""
-    assert i.x_scale is not None and i.w_scale is not None
-    rows, columns = i.x_scale.t().contiguous().t(), i.w_scale[0].t()
-    b = i.w[0].t()
-    yield lambda: torch._scaled_mm(i.x, b, scale_a=rows, scale_b=columns, out_dtype=torch.bfloat16)
+    assert i.rows.scale is not None and i.weights.scale is not None
+    scales = {"scale_a": i.rows.scale.t().contiguous().t(), "scale_b": i.weights.scale[0].t()}
+    x, w = i.rows.values, i.weights.values[0].t()
+    yield lambda: torch._scaled_mm(x, w, **scales, out_dtype=torch.bfloat16)
 
 
 @contextmanager
 def open_scaled_tensor(shape: GemmShape, i: GemmInputs) -> Iterator[Callable[[], torch.Tensor]]:
     """torch's product with one scale a tensor, which is less work."""
-    one, b = torch.ones((), device=i.device), i.w[0].t()
-    yield lambda: torch._scaled_mm(i.x, b, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
+    one, x, w = torch.ones((), device=i.device), i.rows.values, i.weights.values[0].t()
+    yield lambda: torch._scaled_mm(x, w, scale_a=one, scale_b=one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
 def _same(result: torch.Tensor) -> torch.Tensor:
@@ -220,30 +269,34 @@ FP8_DENSE = ((4096, 4096, 4096), (8192, 8192, 8192), (64, 7168, 2048), (128, 716
 FP8_GROUPED = (8, 512, 4096, 7168)
 
 
+# gpt-oss and Mixtral in decoding, 4-bit weights.
+FP4_GROUPED = ((32, 4, 5760, 2880), (8, 16, 28672, 4096), (8, 512, 28672, 4096))
+
+
 def label(shape: GemmShape) -> str:
-    even = "_uneven" if shape.uneven else ""
-    return f"{shape.groups}x{shape.rows}x{shape.n}x{shape.k}{even}"
+    extra = "_gated" * shape.gated + "_uneven" * shape.uneven
+    return f"{shape.groups}x{shape.rows}x{shape.n}x{shape.k}{extra}"
 
 
-def _grouped_rows() -> Iterator[Row]:
+def _row_of(kind: str, shape: GemmShape, call: Callable[..., Call], *peers: Peer) -> Row:
+    return Row(f"gemm_{kind}_{label(shape)}", "gemm", "cuda", shape, make, call, peers, samples)
+
+
+def _rows() -> Iterator[Row]:
     for size in SIZES:
-        for uneven in (False, True):
-            shape = GemmShape(*size, uneven=uneven)
-            peers = (TORCH_GROUPED,) if uneven else (TORCH_GROUPED, BMM)
-            yield Row(f"gemm_grouped_{label(shape)}", "gemm", "cuda", shape, make, call_grouped, peers, samples)
-        shape = GemmShape(*size)
-        yield Row(f"gemm_segment_{label(shape)}", "gemm", "cuda", shape, make, call_segments, (BMM,), samples)
-
-
-def _fp8_rows() -> Iterator[Row]:
+        even = GemmShape(*size)
+        yield _row_of("grouped", even, call_grouped, TORCH_GROUPED, BMM)
+        yield _row_of("grouped", GemmShape(*size, uneven=True), call_grouped, TORCH_GROUPED)
+        yield _row_of("segment", even, call_segments, BMM)
     for m, n, k in FP8_DENSE:
-        shape, peers = GemmShape(1, m, n, k, fp8=True), (SCALED_BLOCKS, SCALED_TENSOR)
-        yield Row(f"gemm_fp8_{m}x{n}x{k}", "gemm", "cuda", shape, make, call_dense_fp8, peers, samples)
+        shape = GemmShape(1, m, n, k, kind="fp8_block")
+        yield _row_of("fp8", shape, call_dense_fp8, SCALED_BLOCKS, SCALED_TENSOR)
     for uneven in (False, True):
-        shape = GemmShape(*FP8_GROUPED, uneven=uneven, fp8=True)
-        name = f"gemm_fp8_grouped_{label(shape)}"
-        yield Row(name, "gemm", "cuda", shape, make, call_grouped, (OWN_BF16,), samples)
+        shape = GemmShape(*FP8_GROUPED, uneven=uneven, kind="fp8_block")
+        yield _row_of("fp8_grouped", shape, call_grouped, OWN_BF16)
+    for size in FP4_GROUPED:
+        yield _row_of("mxfp4_grouped", GemmShape(*size, kind="mxfp4", gated=True), call_op, OWN_BF16)
 
 
-ROWS: tuple[Row, ...] = (*_grouped_rows(), *_fp8_rows())
+ROWS: tuple[Row, ...] = tuple(_rows())
 COLD_ROWS = ("gemm_grouped_64x64x1408x2048",)
