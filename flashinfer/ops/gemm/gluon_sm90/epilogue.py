@@ -15,13 +15,16 @@ from flashinfer.device.gluon import (
     tma_store,
     tma_store_wait,
 )
+from flashinfer.ops.gemm.device.finish import add_bias, factor_of
+from flashinfer.ops.gemm.gluon_sm90.schedule import weights_of
 
 
-class Output(NamedTuple):
-    """out `[rows, columns]`, the innermost stride 1."""
+class Target(NamedTuple):
+    """Where sums go. data: out `[rows, columns]`, the innermost stride 1; finish: `Finish`, None if nothing is done."""
 
     data: torch.Tensor
     stride_row: int
+    finish: tuple | None
 
 
 @constexpr_function
@@ -46,7 +49,39 @@ def halves(x, BLOCK: gl.constexpr):
 
 
 @jit
-def put(value, staging, o_desc, output, row, left, column, counts):
+def finished(x, gate, target, groups, place, counts, cfg: gl.constexpr):
+    """Sums `[rows, columns]` (with those of the gates, if gated) to numbers of the output, fp32.
+
+    place: (group, first row, rows of the group from there on, first column).
+    """
+    group, row, left, column = place
+    finish = target.finish
+    if finish is None:
+        return x
+    else:
+        which = weights_of(groups, group)
+        matrix = gl.maximum(which, 0)
+        LAYOUT: gl.constexpr = x.type.layout
+        offs_n = column + gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
+        factor = factor_of(finish, matrix)
+        if cfg.gated:
+            columns = 2 * counts.columns
+            pair = add_bias(gate * factor, finish, matrix, counts.columns + offs_n, columns)
+            x = cfg.activation(add_bias(x * factor, finish, matrix, offs_n, counts.columns), pair, finish, matrix)
+        else:
+            x = add_bias(x * factor, finish, matrix, offs_n, counts.columns)
+            if cfg.activation is not None:
+                x = cfg.activation(x)
+        if finish[2] is not None:
+            offs_m = gl.arange(0, x.shape[0], gl.SliceLayout(1, LAYOUT))
+            x *= gl.load(finish[2] + row + offs_m, mask=offs_m < left, other=0.0)[:, None]
+        if groups.indices is not None:
+            x = gl.where(which < 0, 0.0, x)
+        return x
+
+
+@jit
+def put(value, staging, o_desc, target, row, left, column, counts):
     """value `[rows, columns]` to the output from (row, column) on, through `staging`.
 
     By TMA where all rows are of the group, which ends `left` rows on; the tensor map ends at the last column. Else by
@@ -65,6 +100,6 @@ def put(value, staging, o_desc, output, row, left, column, counts):
         LAYOUT: gl.constexpr = _copy_layout(COLUMNS)
         offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
         offs_n = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
-        offs = (row + offs_m).to(gl.int64)[:, None] * output.stride_row + offs_n[None, :]
+        offs = (row + offs_m).to(gl.int64)[:, None] * target.stride_row + offs_n[None, :]
         mask = (offs_m < left)[:, None] & (offs_n < counts.columns)[None, :]
-        gl.store(output.data + offs, staging.load(LAYOUT), mask=mask)
+        gl.store(target.data + offs, staging.load(LAYOUT), mask=mask)

@@ -8,9 +8,7 @@ cores' rows, of which these always have 64, and the tokens their columns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
+from typing import Any, NamedTuple
 
 from flashinfer.device.channels import FIRST_BARRIER, Ring
 from flashinfer.device.gluon import (
@@ -29,6 +27,7 @@ from flashinfer.ops.gemm.gluon_sm90.schedule import Counts, find_tile, rounds, w
 PRODUCER_WARPS = gl.constexpr(1)
 # Bytes of K in a tile: a TMA box is at most that wide under the widest swizzle.
 DEPTH_BYTES = 128
+FP8_BITS = 8
 # A coordinate past every tensor: TMA fills the box with zeros.
 NOWHERE = gl.constexpr(0x7F000000)
 
@@ -46,9 +45,10 @@ class GemmConfig:
 
     block_m, block_n: rows, and rows of the weights, of a tile. stages: tiles in flight. consumers: warpgroups.
     split_rows: they share a tile by its rows, else by its columns. weights_first: weights are the product's rows.
-    out_part: columns that a warpgroup stores at once. band: tiles of rows worked on side by side. max_groups: a power
-    of two from 32 on, 0 where there is no indptr. bits: of an operand's element. n_major: weights are [W, K, N].
-    scaled: operands have block scales. subtiles: a warpgroup's columns are multiplied in so many parts.
+    subtiles: products that a warpgroup's columns are made in. out_part: columns that it stores at once. band: tiles of
+    rows worked on side by side. group_block: groups looked at at once, 0 where there is one group. bits: of an
+    operand's element. n_major: weights are [W, K, N]. scale_rows: rows that share a scale. gate_block: of pairs, the
+    columns of up that stand in shared memory before those of their gates. activation: a jitted function or None.
     """
 
     block_m: int
@@ -57,13 +57,24 @@ class GemmConfig:
     consumers: int
     split_rows: bool
     weights_first: bool
+    subtiles: int
     out_part: int
     band: int
-    max_groups: int
+    group_block: int
     bits: int
     n_major: bool
-    scaled: bool
-    subtiles: int
+    scale_rows: int
+    gate_block: int
+    activation: Any
+
+    @property
+    def scaled(self) -> bool:
+        """Whether sums are added up in fp32 registers."""
+        return self.bits == FP8_BITS
+
+    @property
+    def gated(self) -> bool:
+        return self.gate_block > 0
 
     @property
     def block_k(self) -> int:
@@ -72,33 +83,40 @@ class GemmConfig:
     @property
     def out_columns(self) -> int:
         """Columns of the output that a tile gives."""
-        return self.block_n
+        return self.block_n // 2 if self.gated else self.block_n
 
     @property
-    def weight_parts(self) -> int:
-        """Warpgroups that share the columns."""
-        return 1 if self.split_rows else self.consumers
+    def column_share(self) -> int:
+        """Columns of the output from one warpgroup to the next."""
+        return 0 if self.split_rows else self.out_columns // self.consumers
+
+    @property
+    def row_share(self) -> int:
+        """Rows of the output from one warpgroup to the next."""
+        return self.block_m // self.consumers if self.split_rows else 0
 
     @property
     def part_columns(self) -> int:
         """Rows of the weights that one product takes."""
-        return self.block_n // self.weight_parts // self.subtiles
+        return self.block_n // (1 if self.split_rows else self.consumers) // self.subtiles
 
     @property
     def out_rows(self) -> int:
         """Rows that a warpgroup stores."""
-        return self.block_m // self.consumers if self.split_rows else self.block_m
+        return self.row_share or self.block_m
 
 
 @jit
 def _load_weights(w_desc, weights, n, which, column, k, landing, cfg: gl.constexpr):
-    """Tile n of the weights: `block_n` rows from `column` on, K from k on."""
+    """Tile n of the weights: those of output columns from `column` on, K from k on."""
     BOXES: gl.constexpr = weights.BOXES
     for i in gl.static_range(BOXES):
-        if cfg.n_major:
-            where = [which, k, column + i * (cfg.block_n // BOXES)]
+        if cfg.gated:
+            where = [which, column // cfg.gate_block, 0, 0, k]
+        elif cfg.n_major:
+            where = [which, k, column + i * cfg.block_k]
         else:
-            where = [which, column + i * (cfg.block_n // BOXES), k]
+            where = [which, column, k]
         tma_load(w_desc, where, landing, weights.box(n, i))
 
 
@@ -119,19 +137,19 @@ def producer(descs, rings, groups, counts, cfg: gl.constexpr):
             rows.acquire(n)
             rows.expect(n, weights.BYTES)
             landing = rows.landing(n)
-            _load_weights(w_desc, weights, n, which, column_tile * cfg.block_n, k * cfg.block_k, landing, cfg)
+            _load_weights(w_desc, weights, n, which, column_tile * cfg.out_columns, k * cfg.block_k, landing, cfg)
             tma_load(x_desc, [row, k * cfg.block_k], landing, rows.box(n, 0))
         done += steps
     rows.drain(done)
 
 
 @jit
-def consumer(o_desc, rings, outputs, output, groups, counts, scales, CID: gl.constexpr, cfg: gl.constexpr):
+def consumer(o_desc, rings, outputs, target, groups, counts, scales, CID: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup's share of every tile."""
     if cfg.scaled:
-        scaled_consumer(o_desc, rings, outputs.index(CID), output, groups, counts, scales, CID, cfg)
+        scaled_consumer(o_desc, rings, outputs.index(CID), target, groups, counts, scales, CID, cfg)
     else:
-        plain_consumer(o_desc, rings, outputs.index(CID), output, groups, counts, CID, cfg)
+        plain_consumer(o_desc, rings, outputs.index(CID), target, groups, counts, CID, cfg)
 
 
 @constexpr_function
@@ -152,7 +170,7 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
     x_parts = x
     if cfg.split_rows:
         x_parts = reinterpret(x, x_type, [STAGES * cfg.consumers, cfg.out_rows, cfg.block_k], SHARED)
-    WEIGHT_PARTS: gl.constexpr = STAGES * cfg.weight_parts * cfg.subtiles
+    WEIGHT_PARTS: gl.constexpr = STAGES * (cfg.block_n // cfg.part_columns)
     if cfg.n_major:
         w_parts = gl.allocate_shared_memory(x_type, [WEIGHT_PARTS, cfg.block_k, cfg.part_columns], SHARED)
         BOXES: gl.constexpr = STAGES * cfg.block_n // cfg.block_k
@@ -166,13 +184,13 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
 
 
 @jit(do_not_specialize=["num_rows", "num_groups"])
-def grouped_kernel(x_desc, w_desc, o_desc, output, groups, num_rows, num_groups, shape, scales, cfg: gl.constexpr,
+def grouped_kernel(x_desc, w_desc, o_desc, target, groups, num_rows, num_groups, shape, scales, cfg: gl.constexpr,
                    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     """Grid: as many programs as stay, or as there are tiles.
 
-    Descriptors: rows `[rows, K]`, boxes of block_m x block_k; weights `[W, N, K]`, boxes of 1 x block_n x block_k
-    (n_major: `[W, K, N]`, 1 x block_k x block_k); out `[rows, columns]`, boxes of out_rows x out_part. num_rows: where
-    groups.indptr is None.
+    Descriptors: rows `[rows, K]`; weights `[W, N, K]`, n_major `[W, K, N]`, gated [W, N / 2 / gate_block, 2,
+    gate_block, K]; out `[rows, columns]`; for their boxes see `launch.boxes`. target: `Target`; groups: `Groups`;
+    shape: `Shape`; scales: `Scales`, or None.
     """
     counts = Counts(num_rows, num_groups, shape.columns, shape.depth)
     rings = _rings(x_desc.dtype, cfg)
@@ -183,8 +201,8 @@ def grouped_kernel(x_desc, w_desc, o_desc, output, groups, num_rows, num_groups,
     if cfg.consumers == 2:
         gl.warp_specialize(
             [
-                (consumer, (o_desc, rings, outputs, output, groups, counts, scales, 0, cfg)),
-                (consumer, (o_desc, rings, outputs, output, groups, counts, scales, 1, cfg)),
+                (consumer, (o_desc, rings, outputs, target, groups, counts, scales, 0, cfg)),
+                (consumer, (o_desc, rings, outputs, target, groups, counts, scales, 1, cfg)),
                 (producer, (descs, rings, groups, counts, cfg)),
             ],
             [CONSUMER_WARPS, PRODUCER_WARPS],
@@ -193,7 +211,7 @@ def grouped_kernel(x_desc, w_desc, o_desc, output, groups, num_rows, num_groups,
     else:
         gl.warp_specialize(
             [
-                (consumer, (o_desc, rings, outputs, output, groups, counts, scales, 0, cfg)),
+                (consumer, (o_desc, rings, outputs, target, groups, counts, scales, 0, cfg)),
                 (producer, (descs, rings, groups, counts, cfg)),
             ],
             [PRODUCER_WARPS],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from flashinfer.device.gluon import gl, jit, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
-from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, put
+from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, finished, halves, put
 from flashinfer.ops.gemm.gluon_sm90.schedule import find_tile, rounds
 
 CONSUMER_WARPS = gl.constexpr(4)
@@ -32,27 +32,32 @@ def skip(rows, begin, end):
 
 
 @jit
-def _write(acc, staging, o_desc, output, row, left, column, counts, cfg: gl.constexpr):
-    value = acc.to(o_desc.dtype)
+def _write(acc, staging, o_desc, target, groups, place, counts, cfg: gl.constexpr):
+    row, left, column = place[1], place[2], place[3]
+    x = acc
     if cfg.weights_first:
-        put(value.permute((1, 0)), staging, o_desc, output, row, left, column, counts)
+        x = acc.permute((1, 0))
+    if cfg.gated:
+        up, gate = halves(x, cfg.gate_block)
+        x = finished(up, gate, target, groups, place, counts, cfg)
     else:
-        PARTS: gl.constexpr = value.shape[1] // cfg.out_part
-        if PARTS == 1:
-            put(value, staging, o_desc, output, row, left, column, counts)
-        else:
-            LAYOUT: gl.constexpr = accumulator_layout(cfg.out_part, 16)
-            gl.static_assert(PARTS == 2)
-            parts = value.reshape([value.shape[0], PARTS, cfg.out_part]).permute((0, 2, 1)).split()
-            for i in gl.static_range(PARTS):
-                part = gl.convert_layout(parts[i], LAYOUT)
-                put(part, staging, o_desc, output, row, left, column + i * cfg.out_part, counts)
+        x = finished(x, None, target, groups, place, counts, cfg)
+    value = x.to(o_desc.dtype)
+    PARTS: gl.constexpr = value.shape[1] // cfg.out_part
+    if PARTS == 1:
+        put(value, staging, o_desc, target, row, left, column, counts)
+    else:
+        gl.static_assert(PARTS == 2)
+        LAYOUT: gl.constexpr = accumulator_layout(cfg.out_part, 16)
+        parts = value.reshape([value.shape[0], 2, cfg.out_part]).permute((0, 2, 1)).split()
+        for i in gl.static_range(2):
+            part = gl.convert_layout(parts[i], LAYOUT)
+            put(part, staging, o_desc, target, row, left, column + i * cfg.out_part, counts)
 
 
 @jit
-def _multiply(rings, staging, o_desc, output, groups, counts, done, t, place, CID: gl.constexpr, cfg: gl.constexpr):
+def _multiply(rings, staging, o_desc, target, groups, counts, done, t, place, CID: gl.constexpr, cfg: gl.constexpr):
     """A warpgroup's share of a tile, from its products to the output; returns the next tile."""
-    row, left, column = place
     rows = rings[0]
     COLUMNS: gl.constexpr = cfg.block_m if cfg.weights_first else cfg.part_columns
     zero = gl.full([64, COLUMNS], 0.0, gl.float32, accumulator_layout(COLUMNS, cfg.bits))
@@ -70,28 +75,28 @@ def _multiply(rings, staging, o_desc, output, groups, counts, done, t, place, CI
     tile = find_tile(groups, counts, t + 1, CONSUMER_WARPS, cfg)
     acc = warpgroup_mma_wait(0, deps=[acc])
     rows.release(end - 1)
-    _write(acc, staging, o_desc, output, row, left, column, counts, cfg)
+    _write(acc, staging, o_desc, target, groups, place, counts, cfg)
     return tile
 
 
 @jit
-def plain_consumer(o_desc, rings, staging, output, groups, counts, CID: gl.constexpr, cfg: gl.constexpr):
-    """One warpgroup's share of every tile, the sums in the tensor cores' own precision."""
+def plain_consumer(o_desc, rings, staging, target, groups, counts, CID: gl.constexpr, cfg: gl.constexpr):
+    """One warpgroup's share of every tile."""
     rows = rings[0]
-    ROW: gl.constexpr = CID * cfg.out_rows if cfg.split_rows else 0
-    COLUMN: gl.constexpr = 0 if cfg.split_rows else CID * cfg.part_columns
+    ROW: gl.constexpr = cfg.row_share * CID
+    COLUMN: gl.constexpr = cfg.column_share * CID
     steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
     tile = find_tile(groups, counts, 0, CONSUMER_WARPS, cfg)
     done = 0
     for t in range(0, rounds(groups, counts, CONSUMER_WARPS, cfg)):
-        first, rest, column_tile = tile[1], tile[2], tile[3]
-        place = (first + ROW, rest - ROW, column_tile * cfg.block_n + COLUMN)
+        group, first, rest, column_tile = tile
+        place = (group, first + ROW, rest - ROW, column_tile * cfg.out_columns + COLUMN)
         if ROW == 0:
-            tile = _multiply(rings, staging, o_desc, output, groups, counts, done, t, place, CID, cfg)
+            tile = _multiply(rings, staging, o_desc, target, groups, counts, done, t, place, CID, cfg)
         else:
             # The group may have ended among the rows of the warpgroups before this one.
             if rest > ROW:
-                tile = _multiply(rings, staging, o_desc, output, groups, counts, done, t, place, CID, cfg)
+                tile = _multiply(rings, staging, o_desc, target, groups, counts, done, t, place, CID, cfg)
             else:
                 skip(rows, done, done + steps)
                 tile = find_tile(groups, counts, t + 1, CONSUMER_WARPS, cfg)

@@ -1,4 +1,4 @@
-"""Which tile comes next: every warp that asks works it out from `indptr`, so that no planner runs before the product.
+"""Which tile comes next: every warp that asks works it out from the group sizes, so that no planner runs first.
 
 The tiles of a group stand in bands of `cfg.band` tiles of rows; inside of a band the rows run fastest, so that programs
 side by side share weights, and the rows of a band stay in the L2 cache. Groups follow one another; programs take tiles
@@ -17,15 +17,16 @@ from flashinfer.device.gluon import gl, jit
 
 
 class Groups(NamedTuple):
-    """indptr int32 `[num_groups + 1]`, None where all rows are of one group; indices `[num_groups]`: whose weights a
-    group takes (negative: none, its rows become 0), None: its own."""
+    """indptr, lengths: see `Rows`; both None: equal shares of all rows. indices: see `Weights`; None: its own."""
 
     indptr: torch.Tensor | None
+    lengths: torch.Tensor | None
     indices: torch.Tensor | None
+    indices_stride: int
 
 
 class Counts(NamedTuple):
-    """num_rows: of the product where there is no indptr; num_groups; columns: of the output; depth: K."""
+    """num_rows: of the product, at most; num_groups; columns: of the output; depth: K."""
 
     num_rows: int
     num_groups: int
@@ -57,23 +58,50 @@ def _column_tiles(counts, cfg: gl.constexpr):
 
 
 @jit
-def _tiles_so_far(groups, counts, WARPS: gl.constexpr, cfg: gl.constexpr):
-    """Inclusive prefix sums of the groups' tiles. Each warp holds all of them: scans and sums are shuffles."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([cfg.max_groups // 32], [32], [WARPS], [0])
-    group = gl.arange(0, cfg.max_groups, LAYOUT)
-    begin = gl.load(groups.indptr + group, mask=group < counts.num_groups, other=0)
-    end = gl.load(groups.indptr + group + 1, mask=group < counts.num_groups, other=0)
-    tiles = (end - begin + cfg.block_m - 1) // cfg.block_m * _column_tiles(counts, cfg)
-    return gl.associative_scan(tiles, 0, _add)
+def _rows_of(groups, counts, group):
+    """(first row, number of rows) of groups; past the last one: none."""
+    mask = group < counts.num_groups
+    if groups.indptr is None:
+        room = counts.num_rows // counts.num_groups
+        begin = group * room
+        count = gl.where(mask, room, 0)
+        if groups.lengths is not None:
+            count = gl.minimum(gl.load(groups.lengths + group, mask=mask, other=0).to(gl.int32), count)
+    else:
+        begin = gl.load(groups.indptr + group, mask=mask, other=0).to(gl.int32)
+        end = gl.load(groups.indptr + group + 1, mask=mask, other=0).to(gl.int32)
+        count = gl.minimum(end, counts.num_rows) - begin
+    return begin, gl.maximum(count, 0)
+
+
+@jit
+def _search(groups, counts, place, WARPS: gl.constexpr, cfg: gl.constexpr):
+    """(group of tile `place`, tiles of the groups before it, tiles of all).
+
+    Each warp holds `group_block` groups at a time, all of them: scans and sums are shuffles.
+    """
+    LAYOUT: gl.constexpr = gl.BlockedLayout([cfg.group_block // 32], [32], [WARPS], [0])
+    group = 0
+    before = 0
+    total = 0
+    for first in range(0, counts.num_groups, cfg.group_block):
+        begin, count = _rows_of(groups, counts, first + gl.arange(0, cfg.group_block, LAYOUT))
+        tiles = (count + cfg.block_m - 1) // cfg.block_m * _column_tiles(counts, cfg)
+        until = total + gl.associative_scan(tiles, 0, _add)
+        passed = until <= place
+        group += gl.sum(passed.to(gl.int32), 0)
+        before = gl.maximum(before, gl.max(gl.where(passed, until, 0), 0))
+        total = gl.max(until, 0)
+    return gl.minimum(group, counts.num_groups - 1), before, total
 
 
 @jit
 def rounds(groups, counts, WARPS: gl.constexpr, cfg: gl.constexpr):
     """How many tiles this program has. WARPS: those of the role that asks."""
-    if groups.indptr is None:
+    if cfg.group_block == 0:
         total = (counts.num_rows + cfg.block_m - 1) // cfg.block_m * _column_tiles(counts, cfg)
     else:
-        total = gl.max(_tiles_so_far(groups, counts, WARPS, cfg), 0)
+        group, before, total = _search(groups, counts, 0, WARPS, cfg)
     return gl.maximum(total - gl.program_id(0) + gl.num_programs(0) - 1, 0) // gl.num_programs(0)
 
 
@@ -84,18 +112,14 @@ def find_tile(groups, counts, n, WARPS: gl.constexpr, cfg: gl.constexpr):
     Past the last tile: any values that are safe to read with.
     """
     place = gl.program_id(0) + n * gl.num_programs(0)
-    if groups.indptr is None:
+    if cfg.group_block == 0:
         row_tile, column_tile = tile_place(place, counts.num_rows, _column_tiles(counts, cfg), cfg.block_m, cfg.band)
         return 0, row_tile * cfg.block_m, counts.num_rows - row_tile * cfg.block_m, column_tile
     else:
-        until = _tiles_so_far(groups, counts, WARPS, cfg)
-        before = until <= place
-        group = gl.minimum(gl.sum(before.to(gl.int32), 0), counts.num_groups - 1)
-        first = gl.max(gl.where(before, until, 0), 0)
-        begin = gl.load(groups.indptr + group)
-        rows = gl.load(groups.indptr + group + 1) - begin
-        row_tile, column_tile = tile_place(place - first, rows, _column_tiles(counts, cfg), cfg.block_m, cfg.band)
-        return group, begin + row_tile * cfg.block_m, rows - row_tile * cfg.block_m, column_tile
+        group, before, total = _search(groups, counts, place, WARPS, cfg)
+        begin, count = _rows_of(groups, counts, group)
+        row_tile, column_tile = tile_place(place - before, count, _column_tiles(counts, cfg), cfg.block_m, cfg.band)
+        return group, begin + row_tile * cfg.block_m, count - row_tile * cfg.block_m, column_tile
 
 
 @jit
@@ -104,4 +128,4 @@ def weights_of(groups, group):
     if groups.indices is None:
         return group
     else:
-        return gl.load(groups.indices + group).to(gl.int32)
+        return gl.load(groups.indices + group * groups.indices_stride).to(gl.int32)
