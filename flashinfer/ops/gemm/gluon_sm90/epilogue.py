@@ -20,11 +20,10 @@ from flashinfer.ops.gemm.gluon_sm90.schedule import weights_of
 
 
 class Target(NamedTuple):
-    """Where sums go. data: out `[rows, columns]`, the innermost stride 1; finish: `Finish`, None if nothing is done."""
+    """out `[rows, columns]`, the innermost stride 1."""
 
     data: torch.Tensor
     stride_row: int
-    finish: tuple | None
 
 
 @constexpr_function
@@ -49,14 +48,13 @@ def halves(x, BLOCK: gl.constexpr):
 
 
 @jit
-def finished(x, gate, target, groups, place, counts, cfg: gl.constexpr):
+def finished(x, gate, finish, groups, place, counts, cfg: gl.constexpr):
     """Sums `[rows, columns]` (with those of the gates, if gated) to numbers of the output, fp32.
 
-    place: (group, first row, rows of the group from there on, first column).
+    place: (group, first row, rows of the group from there on, first column). finish: `Finish`.
     """
     group, row, left, column = place
-    finish = target.finish
-    if finish is None:
+    if not cfg.finishes:
         return x
     else:
         which = weights_of(groups, group)

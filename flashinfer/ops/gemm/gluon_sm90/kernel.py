@@ -46,9 +46,12 @@ class GemmConfig:
     block_m, block_n: rows, and rows of the weights, of a tile. stages: tiles in flight. consumers: warpgroups.
     split_rows: they share a tile by its rows, else by its columns. weights_first: weights are the product's rows.
     subtiles: products that a warpgroup's columns are made in. out_part: columns that it stores at once. band: tiles of
-    rows worked on side by side. group_block: groups looked at at once, 0 where there is one group. bits: of an
-    operand's element. n_major: weights are [W, K, N]. scale_rows: rows that share a scale. gate_block: of pairs, the
-    columns of up that stand in shared memory before those of their gates. activation: a jitted function or None.
+    rows worked on side by side. group_block: groups looked at at once, 0 where there is one
+    group; many_groups: there are more than that. bits: of an
+    operand's element. n_major: weights are [W, K, N]. scale_rows: rows that share a scale, 0
+    without block scales. gate_block: of pairs, the
+    columns of up that stand in shared memory before those of their gates. finishes: whether anything is done to the sums.
+    activation: a jitted function or None.
     """
 
     block_m: int
@@ -61,10 +64,12 @@ class GemmConfig:
     out_part: int
     band: int
     group_block: int
+    many_groups: bool
     bits: int
     n_major: bool
     scale_rows: int
     gate_block: int
+    finishes: bool
     activation: Any
 
     @property
@@ -144,12 +149,12 @@ def producer(descs, rings, groups, counts, cfg: gl.constexpr):
 
 
 @jit
-def consumer(o_desc, rings, outputs, target, groups, counts, scales, CID: gl.constexpr, cfg: gl.constexpr):
+def consumer(o_desc, rings, outputs, target, finish, groups, counts, scales, CID: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup's share of every tile."""
     if cfg.scaled:
-        scaled_consumer(o_desc, rings, outputs.index(CID), target, groups, counts, scales, CID, cfg)
+        scaled_consumer(o_desc, rings, outputs.index(CID), target, finish, groups, counts, scales, CID, cfg)
     else:
-        plain_consumer(o_desc, rings, outputs.index(CID), target, groups, counts, CID, cfg)
+        plain_consumer(o_desc, rings, outputs.index(CID), target, finish, groups, counts, CID, cfg)
 
 
 @constexpr_function
@@ -184,12 +189,12 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
 
 
 @jit(do_not_specialize=["num_rows", "num_groups"])
-def grouped_kernel(x_desc, w_desc, o_desc, target, groups, num_rows, num_groups, shape, scales, cfg: gl.constexpr,
+def grouped_kernel(x_desc, w_desc, o_desc, target, finish, groups, num_rows, num_groups, shape, scales, cfg: gl.constexpr,
                    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     """Grid: as many programs as stay, or as there are tiles.
 
     Descriptors: rows `[rows, K]`; weights `[W, N, K]`, n_major `[W, K, N]`, gated [W, N / 2 / gate_block, 2,
-    gate_block, K]; out `[rows, columns]`; for their boxes see `launch.boxes`. target: `Target`; groups: `Groups`;
+    gate_block, K]; out `[rows, columns]`; for their boxes see `launch.boxes`. target: `Target`; finish: `Finish`, or None; groups: `Groups`;
     shape: `Shape`; scales: `Scales`, or None.
     """
     counts = Counts(num_rows, num_groups, shape.columns, shape.depth)
@@ -201,8 +206,8 @@ def grouped_kernel(x_desc, w_desc, o_desc, target, groups, num_rows, num_groups,
     if cfg.consumers == 2:
         gl.warp_specialize(
             [
-                (consumer, (o_desc, rings, outputs, target, groups, counts, scales, 0, cfg)),
-                (consumer, (o_desc, rings, outputs, target, groups, counts, scales, 1, cfg)),
+                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 0, cfg)),
+                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 1, cfg)),
                 (producer, (descs, rings, groups, counts, cfg)),
             ],
             [CONSUMER_WARPS, PRODUCER_WARPS],
@@ -211,7 +216,7 @@ def grouped_kernel(x_desc, w_desc, o_desc, target, groups, num_rows, num_groups,
     else:
         gl.warp_specialize(
             [
-                (consumer, (o_desc, rings, outputs, target, groups, counts, scales, 0, cfg)),
+                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 0, cfg)),
                 (producer, (descs, rings, groups, counts, cfg)),
             ],
             [PRODUCER_WARPS],

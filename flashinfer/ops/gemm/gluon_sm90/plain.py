@@ -32,16 +32,16 @@ def skip(rows, begin, end):
 
 
 @jit
-def _write(acc, staging, o_desc, target, groups, place, counts, cfg: gl.constexpr):
+def _write(acc, staging, o_desc, target, finish, groups, place, counts, cfg: gl.constexpr):
     row, left, column = place[1], place[2], place[3]
     x = acc
     if cfg.weights_first:
         x = acc.permute((1, 0))
     if cfg.gated:
         up, gate = halves(x, cfg.gate_block)
-        x = finished(up, gate, target, groups, place, counts, cfg)
+        x = finished(up, gate, finish, groups, place, counts, cfg)
     else:
-        x = finished(x, None, target, groups, place, counts, cfg)
+        x = finished(x, None, finish, groups, place, counts, cfg)
     value = x.to(o_desc.dtype)
     PARTS: gl.constexpr = value.shape[1] // cfg.out_part
     if PARTS == 1:
@@ -56,7 +56,9 @@ def _write(acc, staging, o_desc, target, groups, place, counts, cfg: gl.constexp
 
 
 @jit
-def _multiply(rings, staging, o_desc, target, groups, counts, done, t, place, CID: gl.constexpr, cfg: gl.constexpr):
+def _multiply(
+    rings, staging, o_desc, target, finish, groups, counts, done, t, place, CID: gl.constexpr, cfg: gl.constexpr
+):
     """A warpgroup's share of a tile, from its products to the output; returns the next tile."""
     rows = rings[0]
     COLUMNS: gl.constexpr = cfg.block_m if cfg.weights_first else cfg.part_columns
@@ -75,12 +77,12 @@ def _multiply(rings, staging, o_desc, target, groups, counts, done, t, place, CI
     tile = find_tile(groups, counts, t + 1, CONSUMER_WARPS, cfg)
     acc = warpgroup_mma_wait(0, deps=[acc])
     rows.release(end - 1)
-    _write(acc, staging, o_desc, target, groups, place, counts, cfg)
+    _write(acc, staging, o_desc, target, finish, groups, place, counts, cfg)
     return tile
 
 
 @jit
-def plain_consumer(o_desc, rings, staging, target, groups, counts, CID: gl.constexpr, cfg: gl.constexpr):
+def plain_consumer(o_desc, rings, staging, target, finish, groups, counts, CID: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup's share of every tile."""
     rows = rings[0]
     ROW: gl.constexpr = cfg.row_share * CID
@@ -92,11 +94,11 @@ def plain_consumer(o_desc, rings, staging, target, groups, counts, CID: gl.const
         group, first, rest, column_tile = tile
         place = (group, first + ROW, rest - ROW, column_tile * cfg.out_columns + COLUMN)
         if ROW == 0:
-            tile = _multiply(rings, staging, o_desc, target, groups, counts, done, t, place, CID, cfg)
+            tile = _multiply(rings, staging, o_desc, target, finish, groups, counts, done, t, place, CID, cfg)
         else:
             # The group may have ended among the rows of the warpgroups before this one.
             if rest > ROW:
-                tile = _multiply(rings, staging, o_desc, target, groups, counts, done, t, place, CID, cfg)
+                tile = _multiply(rings, staging, o_desc, target, finish, groups, counts, done, t, place, CID, cfg)
             else:
                 skip(rows, done, done + steps)
                 tile = find_tile(groups, counts, t + 1, CONSUMER_WARPS, cfg)

@@ -87,7 +87,7 @@ def _share(rings, scales, groups, counts, done, end, place, CID: gl.constexpr, c
     factors = ()
     for i in gl.static_range(PARTS):
         sums = sums + (gl.full([64, cfg.part_columns], 0.0, gl.float32, LAYOUT),)
-    if scales is not None:
+    if cfg.scale_rows > 0:
         sources = _sources(scales, groups, place, counts, LAYOUT, cfg)
         factors = _factors(scales, sources, 0, cfg)
     zero = gl.full([64, cfg.part_columns], 0.0, gl.float32, LAYOUT)
@@ -98,41 +98,43 @@ def _share(rings, scales, groups, counts, done, end, place, CID: gl.constexpr, c
         for i in gl.static_range(PARTS - 1):
             value = _product(x, weights, n, FIRST + i, zero)
             value = warpgroup_mma_wait(0, deps=[value])
-            if scales is not None:
+            if cfg.scale_rows > 0:
                 value = value * factors[i][:, None]
             newer = newer + (sums[i] + value,)
             # Passes at once. Its loop ends a basic block, which keeps the compiler from computing two parts' sums at
             # once: their registers would spill.
             rows.wait(n)
         value = _product(x, weights, n, FIRST + PARTS - 1, zero)
-        if scales is not None:
+        if cfg.scale_rows > 0:
             # The next scales come beside the last product.
             factor = factors[PARTS - 1]
             factors = _factors(scales, sources, gl.minimum(n + 1 - done, last), cfg)
         value = warpgroup_mma_wait(0, deps=[value])
         rows.release(n)
-        if scales is not None:
+        if cfg.scale_rows > 0:
             value = value * factor[:, None]
         sums = newer + (sums[PARTS - 1] + value,)
     return sums
 
 
 @jit
-def _write(sums, staging, o_desc, target, groups, place, counts, cfg: gl.constexpr):
+def _write(sums, staging, o_desc, target, finish, groups, place, counts, cfg: gl.constexpr):
     group, row, left, column = place
     if cfg.gated:
-        value = finished(sums[0], sums[1], target, groups, place, counts, cfg).to(o_desc.dtype)
+        value = finished(sums[0], sums[1], finish, groups, place, counts, cfg).to(o_desc.dtype)
         put(value, staging, o_desc, target, row, left, column, counts)
     else:
         PARTS: gl.constexpr = cfg.subtiles
         for i in gl.static_range(PARTS):
             at = (group, row, left, column + i * cfg.part_columns)
-            value = finished(sums[i], None, target, groups, at, counts, cfg).to(o_desc.dtype)
+            value = finished(sums[i], None, finish, groups, at, counts, cfg).to(o_desc.dtype)
             put(value, staging, o_desc, target, row, left, at[3], counts)
 
 
 @jit
-def scaled_consumer(o_desc, rings, staging, target, groups, counts, scales, CID: gl.constexpr, cfg: gl.constexpr):
+def scaled_consumer(
+    o_desc, rings, staging, target, finish, groups, counts, scales, CID: gl.constexpr, cfg: gl.constexpr
+):
     """One warpgroup's share of every tile."""
     rows = rings[0]
     ROW: gl.constexpr = cfg.row_share * CID
@@ -150,6 +152,6 @@ def scaled_consumer(o_desc, rings, staging, target, groups, counts, scales, CID:
         if ROW > 0:
             skip(rows, end, done + steps)
         if rest > ROW:
-            _write(sums, staging, o_desc, target, groups, place, counts, cfg)
+            _write(sums, staging, o_desc, target, finish, groups, place, counts, cfg)
         done += steps
     tma_store_wait(0)

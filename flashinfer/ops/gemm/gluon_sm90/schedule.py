@@ -75,23 +75,29 @@ def _rows_of(groups, counts, group):
 
 
 @jit
-def _search(groups, counts, place, WARPS: gl.constexpr, cfg: gl.constexpr):
-    """(group of tile `place`, tiles of the groups before it, tiles of all).
+def _look(groups, counts, place, first, found, WARPS: gl.constexpr, cfg: gl.constexpr):
+    """`_search` among the `group_block` groups from `first` on. found: what it has of those before.
 
-    Each warp holds `group_block` groups at a time, all of them: scans and sums are shuffles.
+    Each warp holds all of them: scans and sums are shuffles.
     """
+    group, before, total = found
     LAYOUT: gl.constexpr = gl.BlockedLayout([cfg.group_block // 32], [32], [WARPS], [0])
-    group = 0
-    before = 0
-    total = 0
-    for first in range(0, counts.num_groups, cfg.group_block):
-        begin, count = _rows_of(groups, counts, first + gl.arange(0, cfg.group_block, LAYOUT))
-        tiles = (count + cfg.block_m - 1) // cfg.block_m * _column_tiles(counts, cfg)
-        until = total + gl.associative_scan(tiles, 0, _add)
-        passed = until <= place
-        group += gl.sum(passed.to(gl.int32), 0)
-        before = gl.maximum(before, gl.max(gl.where(passed, until, 0), 0))
-        total = gl.max(until, 0)
+    begin, count = _rows_of(groups, counts, first + gl.arange(0, cfg.group_block, LAYOUT))
+    tiles = (count + cfg.block_m - 1) // cfg.block_m * _column_tiles(counts, cfg)
+    until = total + gl.associative_scan(tiles, 0, _add)
+    passed = until <= place
+    group += gl.sum(passed.to(gl.int32), 0)
+    return group, gl.maximum(before, gl.max(gl.where(passed, until, 0), 0)), gl.max(until, 0)
+
+
+@jit
+def _search(groups, counts, place, WARPS: gl.constexpr, cfg: gl.constexpr):
+    """(group of tile `place`, tiles of the groups before it, tiles of all)."""
+    found = _look(groups, counts, place, 0, (0, 0, 0), WARPS, cfg)
+    if cfg.many_groups:
+        for first in range(cfg.group_block, counts.num_groups, cfg.group_block):
+            found = _look(groups, counts, place, first, found, WARPS, cfg)
+    group, before, total = found
     return gl.minimum(group, counts.num_groups - 1), before, total
 
 
