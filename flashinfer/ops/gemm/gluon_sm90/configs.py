@@ -44,7 +44,7 @@ class Tile(NamedTuple):
     band: int = 8
 
 
-class Choice(NamedTuple):
+class Workload(NamedTuple):
     """What a tile is chosen by, besides the spec. few: tiles of the widest kind would not occupy the GPU. groups: their
     class, 0 where there is one. finishes: whether anything is done to the sums."""
 
@@ -128,7 +128,7 @@ def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, finishes:
     row_tiles = max(num_groups, -(-num_rows // wide.block_m))
     few = row_tiles * -(-spec.n // wide.block_n) < arch.num_sms * wide.per_sm
     groups = 0 if spec.layout == "one" else group_class(num_groups)
-    return _configured(spec, Choice(height, few, groups, finishes), _imposed.get())
+    return _configured(spec, Workload(height, few, groups, finishes), _imposed.get())
 
 
 def group_class(num_groups: int) -> int:
@@ -137,11 +137,11 @@ def group_class(num_groups: int) -> int:
 
 
 @cache
-def _configured(spec: GemmSpec, choice: Choice, tile: Tile | None) -> Launch:
+def _configured(spec: GemmSpec, load: Workload, tile: Tile | None) -> Launch:
     bits = spec.row_dtype.itemsize * 8
-    tile = tile or tuned().get((bits, choice.height, spec.gated, choice.few))
-    tile = tile or TILES[RULES[choice.height, bits][choice.few], bits]
-    kernel = configured(spec, tile, choice.groups, choice.finishes)
+    tile = tile or tuned().get((bits, load.height, spec.gated, load.few))
+    tile = tile or TILES[RULES[load.height, bits][load.few], bits]
+    kernel = configured(spec, tile, load.groups, load.finishes)
     return Launch(kernel, REGISTERS[tile.consumers, tile.per_sm], tile.per_sm)
 
 

@@ -22,7 +22,7 @@ from flashinfer.device.gluon import (
 )
 from flashinfer.ops.gemm.gluon_sm90.plain import CONSUMER_WARPS, plain_consumer
 from flashinfer.ops.gemm.gluon_sm90.scaled import scaled_consumer
-from flashinfer.ops.gemm.gluon_sm90.schedule import Counts, find_tile, rounds, weights_of
+from flashinfer.ops.gemm.gluon_sm90.schedule import Counts, nth_tile, rounds, weights_of
 
 PRODUCER_WARPS = gl.constexpr(1)
 # Bytes of K in a tile: a TMA box is at most that wide under the widest swizzle.
@@ -48,10 +48,9 @@ class GemmConfig:
     subtiles: products that a warpgroup's columns are made in. out_part: columns that it stores at once. band: tiles of
     rows worked on side by side. group_block: groups looked at at once, 0 where there is one
     group; many_groups: there are more than that. bits: of an
-    operand's element. n_major: weights are [W, K, N]. scale_rows: rows that share a scale, 0
-    without block scales. gate_block: of pairs, the
-    columns of up that stand in shared memory before those of their gates. finishes: whether anything is done to the sums.
-    activation: a jitted function or None.
+    operand's element. n_major: weights are [W, K, N]. scale_rows: rows that share a scale, 0 without block scales.
+    gate_block: of pairs, the columns of up that stand in shared memory before those of their gates. finishes: whether
+    anything is done to the sums. activation: a jitted function or None.
     """
 
     block_m: int
@@ -133,7 +132,8 @@ def producer(descs, rings, groups, counts, cfg: gl.constexpr):
     steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
     done = 0
     for t in range(0, rounds(groups, counts, PRODUCER_WARPS, cfg)):
-        group, row, rest, column_tile = find_tile(groups, counts, t, PRODUCER_WARPS, cfg)
+        tile = nth_tile(groups, counts, t, PRODUCER_WARPS, cfg)
+        group, row, column_tile = tile[0], tile[1], tile[3]
         which = weights_of(groups, group)
         # Without weights the product is 0 of zeros: NaN in the rows must not come through.
         row = gl.where(which < 0, NOWHERE, row)
@@ -189,13 +189,13 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
 
 
 @jit(do_not_specialize=["num_rows", "num_groups"])
-def grouped_kernel(x_desc, w_desc, o_desc, target, finish, groups, num_rows, num_groups, shape, scales, cfg: gl.constexpr,
-                   CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
+def grouped_kernel(x_desc, w_desc, o_desc, target, finish, groups, num_rows, num_groups, shape, scales,
+                   cfg: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     """Grid: as many programs as stay, or as there are tiles.
 
-    Descriptors: rows `[rows, K]`; weights `[W, N, K]`, n_major `[W, K, N]`, gated [W, N / 2 / gate_block, 2,
-    gate_block, K]; out `[rows, columns]`; for their boxes see `launch.boxes`. target: `Target`; finish: `Finish`, or None; groups: `Groups`;
-    shape: `Shape`; scales: `Scales`, or None.
+    Descriptors: rows `[rows, K]`; weights `[W, N, K]`, n_major `[W, K, N]`, gated `[W, N / 2 / gate_block, 2,
+    gate_block, K]`; out `[rows, columns]`; for their boxes see `launch.boxes`. target: `Target`; finish: `Finish`, or
+    None; groups: `Groups`; shape: `Shape`; scales: `Scales`, or None.
     """
     counts = Counts(num_rows, num_groups, shape.columns, shape.depth)
     rings = _rings(x_desc.dtype, cfg)

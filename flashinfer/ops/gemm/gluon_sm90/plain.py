@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from flashinfer.device.gluon import gl, jit, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, finished, halves, put
-from flashinfer.ops.gemm.gluon_sm90.schedule import find_tile, rounds
+from flashinfer.ops.gemm.gluon_sm90.schedule import nth_tile, rounds
 
 CONSUMER_WARPS = gl.constexpr(4)
 
@@ -56,9 +56,8 @@ def _write(acc, staging, o_desc, target, finish, groups, place, counts, cfg: gl.
 
 
 @jit
-def _multiply(
-    rings, staging, o_desc, target, finish, groups, counts, done, t, place, CID: gl.constexpr, cfg: gl.constexpr
-):
+def _multiply(rings, staging, o_desc, target, finish, groups, counts, done, t, place, CID: gl.constexpr,
+              cfg: gl.constexpr):  # fmt: skip
     """A warpgroup's share of a tile, from its products to the output; returns the next tile."""
     rows = rings[0]
     COLUMNS: gl.constexpr = cfg.block_m if cfg.weights_first else cfg.part_columns
@@ -74,7 +73,7 @@ def _multiply(
         acc = warpgroup_mma_wait(1, deps=[acc])
         rows.release(n - 1)
     # The search for the next tile runs beside the last product.
-    tile = find_tile(groups, counts, t + 1, CONSUMER_WARPS, cfg)
+    tile = nth_tile(groups, counts, t + 1, CONSUMER_WARPS, cfg)
     acc = warpgroup_mma_wait(0, deps=[acc])
     rows.release(end - 1)
     _write(acc, staging, o_desc, target, finish, groups, place, counts, cfg)
@@ -88,19 +87,18 @@ def plain_consumer(o_desc, rings, staging, target, finish, groups, counts, CID: 
     ROW: gl.constexpr = cfg.row_share * CID
     COLUMN: gl.constexpr = cfg.column_share * CID
     steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
-    tile = find_tile(groups, counts, 0, CONSUMER_WARPS, cfg)
+    tile = nth_tile(groups, counts, 0, CONSUMER_WARPS, cfg)
     done = 0
     for t in range(0, rounds(groups, counts, CONSUMER_WARPS, cfg)):
         group, first, rest, column_tile = tile
         place = (group, first + ROW, rest - ROW, column_tile * cfg.out_columns + COLUMN)
         if ROW == 0:
             tile = _multiply(rings, staging, o_desc, target, finish, groups, counts, done, t, place, CID, cfg)
+        # The group may have ended among the rows of the warpgroups before this one.
+        elif rest > ROW:
+            tile = _multiply(rings, staging, o_desc, target, finish, groups, counts, done, t, place, CID, cfg)
         else:
-            # The group may have ended among the rows of the warpgroups before this one.
-            if rest > ROW:
-                tile = _multiply(rings, staging, o_desc, target, finish, groups, counts, done, t, place, CID, cfg)
-            else:
-                skip(rows, done, done + steps)
-                tile = find_tile(groups, counts, t + 1, CONSUMER_WARPS, cfg)
+            skip(rows, done, done + steps)
+            tile = nth_tile(groups, counts, t + 1, CONSUMER_WARPS, cfg)
         done += steps
     tma_store_wait(0)

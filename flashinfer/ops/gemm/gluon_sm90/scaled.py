@@ -13,7 +13,7 @@ import torch
 from flashinfer.device.gluon import gl, jit, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, finished, put
 from flashinfer.ops.gemm.gluon_sm90.plain import CONSUMER_WARPS, skip
-from flashinfer.ops.gemm.gluon_sm90.schedule import find_tile, rounds, weights_of
+from flashinfer.ops.gemm.gluon_sm90.schedule import nth_tile, rounds, weights_of
 
 # Rows of a weight matrix that share a scale.
 SCALE_COLUMNS = gl.constexpr(128)
@@ -85,7 +85,7 @@ def _share(rings, scales, groups, counts, done, end, place, CID: gl.constexpr, c
     last = (counts.depth + cfg.block_k - 1) // cfg.block_k - 1
     sums = ()
     factors = ()
-    for i in gl.static_range(PARTS):
+    for _ in gl.static_range(PARTS):
         sums = sums + (gl.full([64, cfg.part_columns], 0.0, gl.float32, LAYOUT),)
     if cfg.scale_rows > 0:
         sources = _sources(scales, groups, place, counts, LAYOUT, cfg)
@@ -118,7 +118,7 @@ def _share(rings, scales, groups, counts, done, end, place, CID: gl.constexpr, c
 
 
 @jit
-def _write(sums, staging, o_desc, target, finish, groups, place, counts, cfg: gl.constexpr):
+def _write_sums(sums, staging, o_desc, target, finish, groups, place, counts, cfg: gl.constexpr):
     group, row, left, column = place
     if cfg.gated:
         value = finished(sums[0], sums[1], finish, groups, place, counts, cfg).to(o_desc.dtype)
@@ -132,9 +132,8 @@ def _write(sums, staging, o_desc, target, finish, groups, place, counts, cfg: gl
 
 
 @jit
-def scaled_consumer(
-    o_desc, rings, staging, target, finish, groups, counts, scales, CID: gl.constexpr, cfg: gl.constexpr
-):
+def scaled_consumer(o_desc, rings, staging, target, finish, groups, counts, scales, CID: gl.constexpr,
+                    cfg: gl.constexpr):  # fmt: skip
     """One warpgroup's share of every tile."""
     rows = rings[0]
     ROW: gl.constexpr = cfg.row_share * CID
@@ -142,7 +141,7 @@ def scaled_consumer(
     steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
     done = 0
     for t in range(0, rounds(groups, counts, CONSUMER_WARPS, cfg)):
-        group, first, rest, column_tile = find_tile(groups, counts, t, CONSUMER_WARPS, cfg)
+        group, first, rest, column_tile = nth_tile(groups, counts, t, CONSUMER_WARPS, cfg)
         place = (group, first + ROW, rest - ROW, column_tile * cfg.out_columns + COLUMN)
         end = done + steps
         if ROW > 0:
@@ -152,6 +151,6 @@ def scaled_consumer(
         if ROW > 0:
             skip(rows, end, done + steps)
         if rest > ROW:
-            _write(sums, staging, o_desc, target, finish, groups, place, counts, cfg)
+            _write_sums(sums, staging, o_desc, target, finish, groups, place, counts, cfg)
         done += steps
     tma_store_wait(0)

@@ -82,8 +82,8 @@ def _look(groups, counts, place, first, found, WARPS: gl.constexpr, cfg: gl.cons
     """
     group, before, total = found
     LAYOUT: gl.constexpr = gl.BlockedLayout([cfg.group_block // 32], [32], [WARPS], [0])
-    begin, count = _rows_of(groups, counts, first + gl.arange(0, cfg.group_block, LAYOUT))
-    tiles = (count + cfg.block_m - 1) // cfg.block_m * _column_tiles(counts, cfg)
+    rows = _rows_of(groups, counts, first + gl.arange(0, cfg.group_block, LAYOUT))
+    tiles = (rows[1] + cfg.block_m - 1) // cfg.block_m * _column_tiles(counts, cfg)
     until = total + gl.associative_scan(tiles, 0, _add)
     passed = until <= place
     group += gl.sum(passed.to(gl.int32), 0)
@@ -107,12 +107,12 @@ def rounds(groups, counts, WARPS: gl.constexpr, cfg: gl.constexpr):
     if cfg.group_block == 0:
         total = (counts.num_rows + cfg.block_m - 1) // cfg.block_m * _column_tiles(counts, cfg)
     else:
-        group, before, total = _search(groups, counts, 0, WARPS, cfg)
+        total = _search(groups, counts, 0, WARPS, cfg)[2]
     return gl.maximum(total - gl.program_id(0) + gl.num_programs(0) - 1, 0) // gl.num_programs(0)
 
 
 @jit
-def find_tile(groups, counts, n, WARPS: gl.constexpr, cfg: gl.constexpr):
+def nth_tile(groups, counts, n, WARPS: gl.constexpr, cfg: gl.constexpr):
     """This program's n-th tile: (group, first row, rows of the group from there on, tile of columns).
 
     Past the last tile: any values that are safe to read with.
@@ -122,7 +122,8 @@ def find_tile(groups, counts, n, WARPS: gl.constexpr, cfg: gl.constexpr):
         row_tile, column_tile = tile_place(place, counts.num_rows, _column_tiles(counts, cfg), cfg.block_m, cfg.band)
         return 0, row_tile * cfg.block_m, counts.num_rows - row_tile * cfg.block_m, column_tile
     else:
-        group, before, total = _search(groups, counts, place, WARPS, cfg)
+        found = _search(groups, counts, place, WARPS, cfg)
+        group, before = found[0], found[1]
         begin, count = _rows_of(groups, counts, group)
         row_tile, column_tile = tile_place(place - before, count, _column_tiles(counts, cfg), cfg.block_m, cfg.band)
         return group, begin + row_tile * cfg.block_m, count - row_tile * cfg.block_m, column_tile
