@@ -111,7 +111,7 @@ class GemmConfig:
 
 
 @jit
-def _load_weights(w_desc, weights, n, which, column, k, landing, cfg: gl.constexpr):
+def _load_weights(w_desc, weights, n, which, column, k, cfg: gl.constexpr):
     """Tile n of the weights: those of output columns from `column` on, K from k on."""
     BOXES: gl.constexpr = weights.BOXES
     for i in gl.static_range(BOXES):
@@ -121,7 +121,7 @@ def _load_weights(w_desc, weights, n, which, column, k, landing, cfg: gl.constex
             where = [which, k, column + i * cfg.block_k]
         else:
             where = [which, column, k]
-        tma_load(w_desc, where, landing, weights.box(n, i))
+        tma_load(w_desc, where, weights.landing(n), weights.box(n, i))
 
 
 @jit
@@ -141,9 +141,8 @@ def producer(descs, rings, groups, counts, cfg: gl.constexpr):
             n = done + k
             rows.acquire(n)
             rows.expect(n, weights.BYTES)
-            landing = rows.landing(n)
-            _load_weights(w_desc, weights, n, which, column_tile * cfg.out_columns, k * cfg.block_k, landing, cfg)
-            tma_load(x_desc, [row, k * cfg.block_k], landing, rows.box(n, 0))
+            _load_weights(w_desc, weights, n, which, column_tile * cfg.out_columns, k * cfg.block_k, cfg)
+            tma_load(x_desc, [row, k * cfg.block_k], rows.landing(n), rows.box(n, 0))
         done += steps
     rows.drain(done)
 

@@ -17,10 +17,11 @@ def product(rings, n, acc, CID: gl.constexpr, FIRST: gl.constexpr, cfg: gl.const
     w = weights.part(n, 0 if cfg.split_rows else CID)
     if cfg.weights_first:
         left = w.permute((1, 0)) if cfg.n_major else w
-        return warpgroup_mma(left, x.permute((1, 0)), acc, use_acc=not FIRST, is_async=True)
+        right = x.permute((1, 0))
     else:
+        left = x
         right = w if cfg.n_major else w.permute((1, 0))
-        return warpgroup_mma(x, right, acc, use_acc=not FIRST, is_async=True)
+    return warpgroup_mma(left, right, acc, use_acc=not FIRST, is_async=True)
 
 
 @jit
