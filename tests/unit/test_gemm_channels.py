@@ -48,6 +48,7 @@ class Config(NamedTuple):
     out_parts: int = 1
     steps: int = 3
     block_m: int = 8
+    out_part: int = 1
 
     @property
     def row_share(self) -> int:
@@ -56,6 +57,12 @@ class Config(NamedTuple):
     @property
     def out_rows(self) -> int:
         return self.row_share or self.block_m
+
+
+class Sums(NamedTuple):
+    """Columns are counted in those of a store."""
+
+    shape: tuple[int, int]
 
 
 class Place(NamedTuple):
@@ -124,17 +131,19 @@ def put(value: Tile, staging: Staging, left: int, cfg: Config) -> Steps:
         yield plain_store(value, 1)
 
 
-def output(place: Place, i: int, cfg: Config) -> Tile:
+def output(place: Place, i: int) -> Tile:
     return f"O{i}", place.t, place.CID
 
 
 def _write(staging: Staging, place: Place, cfg: Config) -> Steps:
-    PARTS = cfg.out_parts
-    if PARTS == 1:
-        yield from put(output(place, 0, cfg), staging, place.left, cfg)
+    x = Sums((64, cfg.out_parts))
+    if cfg.gated:  # noqa: SIM114
+        yield from put(output(place, 0), staging, place.left, cfg)
+    elif x.shape[1] == cfg.out_part:
+        yield from put(output(place, 0), staging, place.left, cfg)
     else:
         for i in range(2):
-            yield from put(output(place, i, cfg), staging, place.left, cfg)
+            yield from put(output(place, i), staging, place.left, cfg)
 
 
 def _multiply(rings: Rings, staging: Staging, done: int, place: Place, cfg: Config) -> Steps:
@@ -194,11 +203,11 @@ def _share(rings: Rings, done: int, end: int, place: Place, cfg: Config) -> Step
 
 def _write_sums(staging: Staging, place: Place, cfg: Config) -> Steps:
     if cfg.gated:
-        yield from put(output(place, 0, cfg), staging, place.left, cfg)
+        yield from put(output(place, 0), staging, place.left, cfg)
     else:
         PARTS = cfg.subtiles
         for i in range(PARTS):
-            yield from put(output(place, i, cfg), staging, place.left, cfg)
+            yield from put(output(place, i), staging, place.left, cfg)
 
 
 def scaled_consumer(rings: Rings, staging: Staging, tiles: list[int], CID: int, cfg: Config) -> Steps:

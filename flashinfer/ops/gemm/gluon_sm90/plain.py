@@ -34,26 +34,26 @@ def skip(rows, begin, end):
 
 @jit
 def _write(acc, staging, o_desc, target, finish, groups, place, counts, cfg: gl.constexpr):
-    row, left, column = place[1], place[2], place[3]
+    group, row, left, column = place
     x = acc
     if cfg.weights_first:
         x = acc.permute((1, 0))
     if cfg.gated:
         up, gate = halves(x, cfg.gate_block)
-        x = finished(up, gate, finish, groups, place, counts, cfg)
-    else:
-        x = finished(x, None, finish, groups, place, counts, cfg)
-    value = x.to(o_desc.dtype)
-    PARTS: gl.constexpr = value.shape[1] // cfg.out_part
-    if PARTS == 1:
+        value = finished(up, gate, finish, groups, place, counts, cfg).to(o_desc.dtype)
+        put(value, staging, o_desc, target, row, left, column, counts)
+    elif x.shape[1] == cfg.out_part:
+        value = finished(x, None, finish, groups, place, counts, cfg).to(o_desc.dtype)
         put(value, staging, o_desc, target, row, left, column, counts)
     else:
-        gl.static_assert(PARTS == 2)
-        LAYOUT: gl.constexpr = accumulator_layout(cfg.out_part, 16)
-        parts = value.reshape([value.shape[0], 2, cfg.out_part]).permute((0, 2, 1)).split()
+        # One after the other: what is done to all sums at once takes more registers than there are.
+        LAYOUT: gl.constexpr = accumulator_layout(cfg.out_part, cfg.bits)
+        parts = halves(x, cfg.out_part)
         for i in gl.static_range(2):
+            at = (group, row, left, column + i * cfg.out_part)
             part = gl.convert_layout(parts[i], LAYOUT)
-            put(part, staging, o_desc, target, row, left, column + i * cfg.out_part, counts)
+            value = finished(part, None, finish, groups, at, counts, cfg).to(o_desc.dtype)
+            put(value, staging, o_desc, target, row, left, at[3], counts)
 
 
 @jit
