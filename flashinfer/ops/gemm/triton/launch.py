@@ -41,6 +41,7 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
             num_groups,
             spec.n,
             spec.k,
+            launch.activation,
             launch.kernel,
         )
         key = (
