@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +45,12 @@ def chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, "gemm", BACKEND, skip=False)
 
 
+def imposed(tile: Any) -> AbstractContextManager[None]:
+    from flashinfer.ops.gemm.gluon_sm90 import configs
+
+    return configs.imposed(tile)
+
+
 def tiles(bits: int) -> dict[str, Any]:
     from flashinfer.ops.gemm.gluon_sm90.configs import TILES
 
@@ -53,7 +60,6 @@ def tiles(bits: int) -> dict[str, Any]:
 @pytest.fixture
 def every_tile() -> Each:
     """`for name in every_tile(bits)`: the body's products get that tile."""
-    from flashinfer.ops.gemm.gluon_sm90.configs import imposed
 
     def each(bits: int) -> Iterator[str]:
         for name, tile in tiles(bits).items():
@@ -240,8 +246,6 @@ RANDOM += [("fp8", tile) for tile in ("128x256", "128x128", "128x64", "64x128", 
 @pytest.mark.parametrize(("kind", "name"), RANDOM)
 def test_random_splits(kind: str, name: str, rng: random.Random) -> None:
     """250 splits of each of 12 kernels, one launch after another without a wait, then each judged."""
-    from flashinfer.ops.gemm.gluon_sm90.configs import imposed
-
     groups, total, n, k = rng.choice([3, 17, 60]), 2000, 264 if kind == "half" else 256, 128
     base = (plain if kind == "half" else fp8_blocks)([total // groups] * groups, n, k)
     values = base.rows.values
@@ -290,6 +294,23 @@ def test_repeats_bit_for_bit(every_tile: Each) -> None:
             first = gemm.grouped_gemm(problem.rows, problem.weights)[:2071]
             for _ in range(10):
                 assert torch.equal(first, gemm.grouped_gemm(problem.rows, problem.weights)[:2071]), name
+
+
+def test_launches_wait_for_each_other() -> None:
+    """Programs are set up while the launch before runs; its results are the rows of the next."""
+    weights = Weights(normal(4, 256, 256) / 16)
+    indptr = torch.tensor([0, 300, 300, 900, 1100], dtype=torch.int32, device=DEVICE)
+    for name, tile in tiles(16).items():
+        results = []
+        for waits in (True, False, False):
+            x = torch.ones(1100, 256, dtype=torch.float16, device=DEVICE)
+            with imposed(tile):
+                for _ in range(30):
+                    x = gemm.grouped_gemm(Rows(x, indptr), weights)
+                    if waits:
+                        torch.cuda.synchronize()
+            results.append(x)
+        assert all(torch.equal(results[0], x) for x in results[1:]), name
 
 
 @pytest.mark.parametrize("side", ["rows", "weights", "out"])

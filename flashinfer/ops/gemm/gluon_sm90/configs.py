@@ -22,7 +22,7 @@ HEIGHTS = (16, 32, 64, 128)
 GROUP_BLOCK = (32, 256)
 # By consumers and programs a multiprocessor: what each thread starts with of its 65,536 registers, then what a thread
 # of a consumer has (the first takes what is left), and one of the producer.
-REGISTERS = {(2, 1): (168, 232, 40), (2, 2): (80, 96, 48), (1, 1): (152, 0, 40)}
+REGISTERS = {(2, 1): (168, 232, 40), (2, 2): (80, 96, 48), (1, 1): (152, 0, 40), (1, 2): (128, 0, 40)}
 # Columns stored at once, at most.
 OUT_PART = 128
 # Columns of an accumulator that fp8 sums beside them leave registers for.
@@ -32,7 +32,10 @@ GATE_BLOCK = 8
 
 
 class Tile(NamedTuple):
-    """What measuring decides; fields as in `GemmConfig`. per_sm: resident programs of a multiprocessor."""
+    """What measuring decides; fields as in `GemmConfig`. per_sm: resident programs of a multiprocessor.
+
+    early: programs may be set up while the launch before still runs (programmatic dependent launch).
+    """
 
     block_m: int
     block_n: int
@@ -42,6 +45,7 @@ class Tile(NamedTuple):
     weights_first: bool = False
     per_sm: int = 1
     band: int = 8
+    early: bool = True
 
 
 class Workload(NamedTuple):
@@ -61,6 +65,7 @@ class Launch:
     kernel: GemmConfig
     registers: tuple[int, int, int]
     per_sm: int
+    early: bool
 
 
 TILES = {
@@ -78,7 +83,9 @@ TILES = {
     ("128x64", 8): Tile(128, 64, 8, split_rows=True),
     ("64x256", 8): Tile(64, 256, 4),
     ("64x128", 8): Tile(64, 128, 8),
+    ("64x128x2", 8): Tile(64, 128, 4, per_sm=2),
     ("64x64", 8): Tile(64, 64, 8, consumers=1, split_rows=True),
+    ("64x64x2", 8): Tile(64, 64, 6, consumers=1, split_rows=True, per_sm=2),
 }
 # Until the tiles are tuned: by height of the tile and bits of an operand, for tiles enough for all multiprocessors and
 # for fewer. Rates of a prototype on an H200 (November 2026).
@@ -142,7 +149,7 @@ def _configured(spec: GemmSpec, load: Workload, tile: Tile | None) -> Launch:
     tile = tile or tuned().get((bits, load.height, spec.gated, load.few))
     tile = tile or TILES[RULES[load.height, bits][load.few], bits]
     kernel = configured(spec, tile, load.groups, load.finishes)
-    return Launch(kernel, REGISTERS[tile.consumers, tile.per_sm], tile.per_sm)
+    return Launch(kernel, REGISTERS[tile.consumers, tile.per_sm], tile.per_sm, tile.early)
 
 
 def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmConfig:

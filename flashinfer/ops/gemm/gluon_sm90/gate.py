@@ -110,7 +110,7 @@ def _case(problem: Problem, name: str) -> GateCase:
         "CONSUMER_REGISTERS": Constant(consumer),
         "PRODUCER_REGISTERS": Constant(producer),
     }
-    options = {"num_warps": 4, "maxnreg": start}
+    options = {"num_warps": 4, "maxnreg": start, "launch_pdl": tile.early}
     return case_of(f"{problem.name}.{name}", grouped_kernel, arguments, options=options, archs=HOPPER)
 
 

@@ -18,7 +18,9 @@ from flashinfer.device.gluon import (
     jit,
     mbarrier,
     reinterpret,
+    release_grids,
     tma_load,
+    wait_for_grids,
 )
 from flashinfer.ops.gemm.gluon_sm90.plain import CONSUMER_WARPS, plain_consumer
 from flashinfer.ops.gemm.gluon_sm90.scaled import scaled_consumer
@@ -201,6 +203,9 @@ def grouped_kernel(x_desc, w_desc, o_desc, target, finish, groups, num_rows, num
     OUT: gl.constexpr = shared_layout(cfg.out_part, 16)
     outputs = gl.allocate_shared_memory(o_desc.dtype, [cfg.consumers, cfg.out_rows, cfg.out_part], OUT)
     fence_async_shared()
+    # The next launch may begin where this one leaves room, and waits in this place for the end of this one.
+    release_grids()
+    wait_for_grids()
     descs = (x_desc, w_desc)
     if cfg.consumers == 2:
         gl.warp_specialize(
