@@ -90,7 +90,8 @@ def _matrix(weights: Weights, index: int, dtype: torch.dtype) -> torch.Tensor:
             sign = 1 - 2 * (codes >> 3).to(dtype).cpu()
             numbers[:, half::2] = sign * E2M1.to(dtype)[(codes & 7).long().cpu()]
         scale = weights.scale[index].cpu()
-        factor = torch.exp2(scale.to(dtype) - 127) if weights.kind == "mxfp4" else scale.to(dtype)
+        powers = torch.exp2(scale.to(dtype) - 127).masked_fill(scale.view(torch.uint8) == 255, torch.nan)
+        factor = powers if weights.kind == "mxfp4" else scale.to(dtype)
         return (numbers * factor.repeat_interleave(FP4_BLOCK[weights.kind], 1)).to(values.device)
     numbers = values.to(dtype)
     if weights.kind == "fp8_block":

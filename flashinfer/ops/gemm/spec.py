@@ -122,12 +122,17 @@ class GemmSpec(NamedTuple):
 
 
 class Gemm(NamedTuple):
-    """All tensors of a product, on one device. out: `[nnz, N]`, or `[nnz, N / 2]` where gated; innermost stride 1."""
+    """All tensors of a product, on one device.
+
+    out: `[nnz, N]`, or `[nnz, N / 2]` where gated; innermost stride 1. expected_rows: of a group, about, where that is
+    far from nnz over the number of groups; 0 if not known. Tiles are chosen by it.
+    """
 
     out: torch.Tensor
     rows: Rows
     weights: Weights
     epilogue: Epilogue
+    expected_rows: int = 0
 
     @property
     def num_groups(self) -> int:
@@ -140,7 +145,7 @@ class Gemm(NamedTuple):
 
     @property
     def spec(self) -> GemmSpec:
-        out, rows, weights, epilogue = self
+        out, rows, weights, epilogue, _ = self
         values, matrices = rows.values, weights.values
         n = matrices.shape[1]
         blocks = weights.kind == "fp8_block"

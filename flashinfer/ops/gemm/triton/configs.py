@@ -69,16 +69,16 @@ HOPPER = {
 OTHERS = {
     ("half", 16): Tile(16, 128, 64, 4, 4, 2),
     ("half", 32): Tile(32, 128, 64, 4, 4, 2),
-    ("half", 64): Tile(64, 128, 64, 4, 3, 2),
-    ("half", 128): Tile(128, 128, 32, 8, 4),
-    ("fp8", 16): Tile(16, 128, 128, 4, 4, 2),
-    ("fp8", 32): Tile(32, 128, 128, 4, 4, 2),
-    ("fp8", 64): Tile(64, 128, 128, 4, 3),
-    ("fp8", 128): Tile(128, 128, 128, 8, 3),
-    ("fp4", 16): Tile(16, 64, 64, 4, 3, 2),
-    ("fp4", 32): Tile(32, 64, 64, 4, 3, 2),
-    ("fp4", 64): Tile(64, 64, 64, 4, 3),
-    ("fp4", 128): Tile(128, 64, 64, 8, 3),
+    ("half", 64): Tile(64, 128, 64, 8, 3),
+    ("half", 128): Tile(128, 128, 32, 8, 3),
+    ("fp8", 16): Tile(16, 64, 128, 4, 4, 2),
+    ("fp8", 32): Tile(32, 64, 128, 4, 4, 2),
+    ("fp8", 64): Tile(64, 128, 128, 8, 3),
+    ("fp8", 128): Tile(128, 64, 128, 8, 3),
+    ("fp4", 16): Tile(16, 64, 64, 4, 3),
+    ("fp4", 32): Tile(32, 64, 64, 4, 3),
+    ("fp4", 64): Tile(64, 64, 64, 8, 3),
+    ("fp4", 128): Tile(128, 64, 32, 8, 3),
 }
 # fp32 is multiplied without tensor cores.
 WIDE = {height: Tile(min(height, 64), 64, 32, 4, 2) for height in HEIGHTS}
@@ -117,16 +117,16 @@ def tuned(arch: str) -> dict[tuple[str, bool, int], Tile]:
     return {(e["operands"], e["gated"], e["height"]): Tile(**e["tile"]) for e in entries}
 
 
-def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int) -> Launch:
-    """The launch for `num_rows` rows of all groups together."""
-    height = height_for(num_rows / num_groups)
-    tiles_m = num_groups * -(-num_rows // (num_groups * height))
+def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, expected_rows: int = 0) -> Launch:
+    """The launch for `num_rows` rows of all groups together; expected_rows: of one, 0 for their mean."""
+    rows = expected_rows or num_rows / num_groups
+    height = height_for(rows)
+    tiles_m = num_groups * -(-int(rows) // height)
     group_block = min(max(1 << (num_groups - 1).bit_length(), GROUP_BLOCK[0]), GROUP_BLOCK[1])
-    room = num_rows // num_groups if spec.layout == "equal" and num_rows % num_groups == 0 else 0
-    few = 0 if tiles_m >= arch.num_sms else tiles_m
-    return _configured(
-        spec, arch, height, few, group_block, min(room, FP8_BLOCK) if room % FP8_BLOCK == 0 else 0, _imposed.get()
-    )
+    # Rows that all groups have room for, as far as tiles are concerned.
+    room = FP8_BLOCK if spec.layout == "equal" and num_rows % (num_groups * FP8_BLOCK) == 0 else 0
+    few = 0 if tiles_m >= arch.num_sms else max(tiles_m, 1)
+    return _configured(spec, arch, height, few, group_block, room, _imposed.get())
 
 
 @cache
