@@ -195,6 +195,13 @@ def test_a_grid_is_no_larger_than_the_work(monkeypatch: pytest.MonkeyPatch) -> N
     assert given(problem("half"), monkeypatch)[0][0] <= 2 * HOPPER.num_sms
 
 
+def test_expected_rows_decide_about_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for many rows a group of which few exist."""
+    tensors = problem("half")
+    tall, low = (given(tensors._replace(expected_rows=n), monkeypatch)[1]["cfg"].block_m for n in (100, 10))
+    assert (tall, low) == (128, 16)
+
+
 def test_a_factor_of_the_sums_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     """`global_scale` with weights of any kind."""
     tensors = problem("half")

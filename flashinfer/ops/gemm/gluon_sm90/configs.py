@@ -129,7 +129,7 @@ def height_for(num_rows: int, num_groups: int) -> int:
 
 
 def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, finishes: bool) -> Launch:
-    """The launch for `num_rows` rows of all groups together. finishes: whether anything is done to the sums."""
+    """The launch for about `num_rows` rows of all groups together. finishes: whether anything is done to the sums."""
     height = height_for(num_rows, num_groups)
     wide = TILES[RULES[height, spec.row_dtype.itemsize * 8][0], spec.row_dtype.itemsize * 8]
     row_tiles = max(num_groups, -(-num_rows // wide.block_m))

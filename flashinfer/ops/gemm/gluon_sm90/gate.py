@@ -63,6 +63,7 @@ PROBLEMS = (
     Problem("fp16_moe", HALF._replace(activation="swiglu", bias=True, indexed=True), ("128x256", "swap16")),
     Problem("fp16_bias", HALF._replace(activation="gelu", bias=True, row_weights=True), ("128x256", "64x128x2")),
     Problem("bf16_padded", BASE._replace(layout="padded"), ("128x256",)),
+    Problem("bf16_equal", BASE._replace(layout="equal"), ("64x128x2",)),
     Problem("bf16_one", BASE._replace(layout="one"), ("128x256", "128x128"), 0),
     Problem("fp8_block", BLOCK),
     Problem("fp8_block_swiglu", BLOCK._replace(activation="swiglu")),

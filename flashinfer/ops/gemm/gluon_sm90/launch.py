@@ -28,10 +28,11 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
     """The call for one kind of product: one launch, no host sync."""
 
     def run(tensors: Gemm) -> None:
-        out, rows, weights, _ = tensors
+        out, rows, weights = tensors.out, tensors.rows, tensors.weights
         num_rows, num_groups = out.shape[0], tensors.num_groups
         finish = finish_of(spec, tensors)
-        launch = choose(spec, arch, num_rows, num_groups, finish is not None)
+        expected = tensors.expected_rows * num_groups or num_rows
+        launch = choose(spec, arch, expected, num_groups, finish is not None)
         config, (start, consumer, producer) = launch.kernel, launch.registers
         indices = weights.indices
         groups = Groups(rows.indptr, rows.lengths, indices, 0 if indices is None else indices.stride(0))
