@@ -22,6 +22,8 @@ from tests.unit.hopper_model import (
     Tile,
     check,
     fence_async_shared,
+    named_arrive,
+    named_sync,
     partition_barrier,
     plain_store,
     tma_load,
@@ -33,7 +35,7 @@ from tests.unit.hopper_model import (
 from tests.unit.outline import outline
 from tests.unit.test_channels import Ring, no_steps, no_wait, wait_for_the_other_phase
 
-FIRST_BARRIER, PRODUCER_THREADS = 6, 32
+FIRST_BARRIER, PRODUCER_THREADS, CONSUMER_THREADS = 6, 32, 128
 
 
 class Config(NamedTuple):
@@ -49,6 +51,7 @@ class Config(NamedTuple):
     steps: int = 3
     block_m: int = 8
     out_part: int = 1
+    lag: int = 0
 
     @property
     def row_share(self) -> int:
@@ -157,6 +160,9 @@ def _multiply(rings: Rings, staging: Staging, done: int, place: Place, cfg: Conf
         yield from product(rings, n, (t, n - done), CID, cfg)
         yield warpgroup_mma_wait(1)
         yield from rows.release(n - 1)
+        if cfg.lag > 0 and CID == 0:  # noqa: SIM102
+            if n == cfg.lag:
+                yield named_arrive(FIRST_BARRIER + cfg.stages, 2 * CONSUMER_THREADS)
     yield warpgroup_mma_wait(0)
     yield from rows.release(end - 1)
     yield from _write(staging, place, cfg)
@@ -168,6 +174,9 @@ def plain_consumer(rings: Rings, staging: Staging, tiles: list[int], CID: int, c
     steps = cfg.steps
     done = 0
     for t in range(0, len(tiles)):
+        if cfg.lag > 0 and CID == 1:  # noqa: SIM102
+            if t == 0:
+                yield named_sync(FIRST_BARRIER + cfg.stages, 2 * CONSUMER_THREADS)
         rest = tiles[t]
         place = Place(t, rest - ROW, CID)
         if ROW == 0:  # noqa: SIM114
@@ -269,6 +278,7 @@ PLAIN = [
     for consumers, split_rows in ((2, True), (2, False), (1, True))
     for out_parts, steps in ((1, 1), (2, 5))
 ]
+LAGGING = [Config(4, split_rows=split_rows, steps=steps, lag=2) for split_rows in (False, True) for steps in (3, 9)]
 SCALED = [
     Config(stages, consumers, split_rows, True, gated, subtiles, steps=steps)
     for stages in (2, 6)
@@ -277,7 +287,7 @@ SCALED = [
 ]
 
 
-@pytest.mark.parametrize("cfg", PLAIN + SCALED, ids=str)
+@pytest.mark.parametrize("cfg", PLAIN + LAGGING + SCALED, ids=str)
 def test_random_schedules(cfg: Config, rng: random.Random) -> None:
     for _ in range(15):
         grouped_kernel(Gpu(rng), draw_tiles(rng, cfg), cfg)
@@ -296,6 +306,7 @@ MUTANTS = {
     "never releases": (Ring, "release", no_steps, Config(), "deadlock"),
     "keeps the tiles it skips": (HERE, "skip", no_steps, Config(), "deadlock"),
     "producer not counted": (HERE, "PRODUCER_THREADS", 0, Config(), "more threads at a barrier than it counts"),
+    "lags by more than there is": (HERE, "FIRST_BARRIER", 6, Config(lag=5, steps=5), "deadlock"),
     "too many counted": (HERE, "PRODUCER_THREADS", 64, Config(), "deadlock"),
 }
 

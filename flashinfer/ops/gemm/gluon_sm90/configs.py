@@ -23,6 +23,8 @@ GROUP_BLOCK = (32, 256)
 # By consumers and programs a multiprocessor: what each thread starts with of its 65,536 registers, then what a thread
 # of a consumer has (the first takes what is left), and one of the producer.
 REGISTERS = {(2, 1): (168, 232, 40), (2, 2): (80, 96, 48), (1, 1): (152, 0, 40), (1, 2): (128, 0, 40)}
+# From more than this on, K is long.
+LONG_DEPTH = 1024
 # Columns stored at once, at most.
 OUT_PART = 128
 # Columns of an accumulator that fp8 sums beside them leave registers for.
@@ -34,7 +36,8 @@ GATE_BLOCK = 8
 class Tile(NamedTuple):
     """What measuring decides; fields as in `GemmConfig`. per_sm: resident programs of a multiprocessor.
 
-    early: programs may be set up while the launch before still runs (programmatic dependent launch).
+    lag: where K is long. early: programs may be set up while the launch before still runs (programmatic dependent
+    launch).
     """
 
     block_m: int
@@ -45,6 +48,7 @@ class Tile(NamedTuple):
     weights_first: bool = False
     per_sm: int = 1
     band: int = 8
+    lag: int = 0
     early: bool = True
 
 
@@ -70,6 +74,7 @@ class Launch:
 
 TILES = {
     ("128x256", 16): Tile(128, 256, 4, split_rows=True),
+    ("128x256lag", 16): Tile(128, 256, 4, split_rows=True, lag=2),
     ("128x128", 16): Tile(128, 128, 6, split_rows=True),
     ("64x256", 16): Tile(64, 256, 4),
     ("64x128", 16): Tile(64, 128, 8),
@@ -172,6 +177,7 @@ def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmC
         group_block=min(groups, GROUP_BLOCK[1]),
         many_groups=groups > GROUP_BLOCK[1],
         bits=bits,
+        lag=tile.lag if tile.consumers == 2 and spec.k > LONG_DEPTH else 0,
         n_major=spec.transposed,
         scale_rows=spec.scale_rows,
         gate_block=gate_block if spec.gated else 0,

@@ -48,11 +48,11 @@ class GemmConfig:
     block_m, block_n: rows, and rows of the weights, of a tile. stages: tiles in flight. consumers: warpgroups.
     split_rows: they share a tile by its rows, else by its columns. weights_first: weights are the product's rows.
     subtiles: products that a warpgroup's columns are made in. out_part: columns that it stores at once. band: tiles of
-    rows worked on side by side. group_block: groups looked at at once, 0 where there is one
-    group; many_groups: there are more than that. bits: of an
-    operand's element. n_major: weights are [W, K, N]. scale_rows: rows that share a scale, 0 without block scales.
-    gate_block: of pairs, the columns of up that stand in shared memory before those of their gates. finishes: whether
-    anything is done to the sums. activation: a jitted function or None.
+    rows worked on side by side. group_block: groups looked at at once, 0 where there is one group; many_groups: there
+    are more than that. bits: of an operand's element. lag: tiles of K by which the second warpgroup begins later, fewer
+    than K has and than stages. n_major: weights are [W, K, N]. scale_rows: rows that share a scale, 0 without block
+    scales. gate_block: of pairs, the columns of up that stand in shared memory before those of their gates. finishes:
+    whether anything is done to the sums. activation: a jitted function or None.
     """
 
     block_m: int
@@ -67,6 +67,7 @@ class GemmConfig:
     group_block: int
     many_groups: bool
     bits: int
+    lag: int
     n_major: bool
     scale_rows: int
     gate_block: int
