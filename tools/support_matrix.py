@@ -14,9 +14,10 @@ import torch
 
 from flashinfer.core.arch import CPU, SMEM_BYTES, Arch
 from flashinfer.core.select import Impl
-from flashinfer.ops import activation, attention, merge, norm, page, quantization, rope, sampling
+from flashinfer.ops import activation, attention, gemm, merge, norm, page, quantization, rope, sampling
 from flashinfer.ops.activation import GatedSpec
 from flashinfer.ops.attention.spec import AttentionSpec
+from flashinfer.ops.gemm import Epilogue, Gemm, Rows, Weights
 from flashinfer.ops.norm import NormSpec
 from flashinfer.ops.page import AppendSpec
 from flashinfer.ops.quantization import QuantSpec
@@ -48,6 +49,21 @@ def attention_specs() -> Iterator[tuple[str, AttentionSpec]]:
     yield "bfloat16, head_dim 128, rotated on the fly (ROPE_LLAMA)", rotated
     yield "bfloat16, head_dim 128, pages of 1", replace(rotated, rotates=False, page_size=1)
     yield "bfloat16, head_dim 128, decode", replace(rotated, rotates=False, uniform_qo_len=1)
+
+
+def gemm_specs() -> Iterator[tuple[str, object]]:
+    """A grouped product of each kind of operands."""
+    bf16, e4m3, uint8 = torch.bfloat16, torch.float8_e4m3fn, torch.uint8
+    kinds = [(short(dtype), "plain", dtype, dtype) for dtype in FLOATS]
+    kinds += [("float8 with one scale", "fp8_tensor", e4m3, e4m3), ("float8 in blocks", "fp8_block", e4m3, e4m3)]
+    kinds += [(f"bfloat16 rows, {kind} weights", kind, bf16, uint8) for kind in ("mxfp4", "nvfp4")]
+    indptr = torch.zeros(9, dtype=torch.int32)
+    for name, kind, dtype, weight_dtype in kinds:
+        depth = 256 // (1 if weight_dtype != uint8 else 2)
+        rows = Rows(torch.empty(64, 256, dtype=dtype), indptr)
+        weights = Weights(torch.empty(8, 256, depth, dtype=weight_dtype), kind=kind)
+        out_dtype = dtype if dtype in FLOATS else bf16
+        yield name, Gemm(torch.empty(64, 256, dtype=out_dtype), rows, weights, Epilogue()).spec
 
 
 def cell(impls: Sequence[Impl], spec: object, arch: Arch, refusals: dict[str, None]) -> str:
@@ -116,6 +132,7 @@ def document() -> str:
         *table("Masks to bits; fp8, int8 and fp4", quantization.IMPLS, codes),
         *table("Norms", norm.IMPLS, norms),
         *table("Gated activations", activation.IMPLS, gated),
+        *table("Grouped products", gemm.IMPLS, gemm_specs()),
         *table("Sampling, filters, speculation, top_k", sampling.IMPLS, rows),
     ]
     return "\n".join(parts) + "\n"
