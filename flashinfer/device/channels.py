@@ -2,8 +2,8 @@
 
 A producer fills tiles, by TMA or by asynchronous copies of its threads; consumer warpgroups read them. "Full" is an
 mbarrier on which the bytes arrive. "Empty" is a named hardware barrier: mbarrier.arrive costs a barrier of the whole
-warpgroup in Gluon's lowering, a named one does not. The n-th tile of a ring lies in stage n modulo STAGES, a power of
-two; both sides count n alike. `tests/unit/test_channels.py` holds a model of the protocol.
+warpgroup in Gluon's lowering, a named one does not. The n-th tile of a ring lies in stage n modulo STAGES; both
+sides count n alike. `tests/unit/test_channels.py` holds a model of the protocol.
 """
 
 import math
@@ -11,6 +11,8 @@ import math
 from flashinfer.device.gluon import aggregate, constexpr_function, copy_arrive, fence_async_shared, gl, jit, mbarrier
 
 CONSUMER_THREADS = gl.constexpr(128)
+# Hardware barriers from here to 15 are those that the compiler leaves free, with up to three roles.
+FIRST_BARRIER = gl.constexpr(6)
 
 
 @jit
@@ -43,7 +45,9 @@ class Ring:
 
     parts `[stages * PARTS, rows, columns]`: as the consumers read them. boxes: the same memory as TMA fills it, BOXES a
     tile. full: one mbarrier a stage, of count 1 under TMA, else of one a producer thread. EMPTY: hardware barrier of
-    stage 0, the next ones are those of the next stages. COPIED: the producer's threads copy, instead of TMA.
+    stage 0, the next ones are those of the next stages. SHIFT: log2 of STAGES, -1 where that is no power of two.
+    COPIED: the producer's threads copy, instead of TMA. Two rings may share `full` and EMPTY where their tiles come and
+    go together: one of them is acquired, expected, waited for and released.
     """
 
     parts: gl.shared_memory_descriptor
@@ -64,7 +68,7 @@ class Ring:
         self.boxes = boxes
         self.full = full
         self.STAGES = gl.constexpr(STAGES)
-        self.SHIFT = gl.constexpr(STAGES.bit_length() - 1)
+        self.SHIFT = gl.constexpr(STAGES.bit_length() - 1 if STAGES & (STAGES - 1) == 0 else -1)
         self.PARTS = gl.constexpr(parts.shape[0] // STAGES)
         self.BOXES = gl.constexpr(boxes.shape[0] // STAGES)
         self.BYTES = gl.constexpr(math.prod(parts.shape) // STAGES * parts.dtype.primitive_bitwidth // 8)
@@ -74,7 +78,18 @@ class Ring:
 
     @jit
     def stage(self, n):
-        return n & (self.STAGES - 1)
+        if self.SHIFT >= 0:
+            return n & (self.STAGES - 1)
+        else:
+            return n % self.STAGES
+
+    @jit
+    def phase(self, n):
+        """Parity of the round in which tile n comes to its stage."""
+        if self.SHIFT >= 0:
+            return (n >> self.SHIFT) & 1
+        else:
+            return (n // self.STAGES) & 1
 
     @jit
     def acquire(self, n):
@@ -83,9 +98,9 @@ class Ring:
             named_sync(self.EMPTY + self.stage(n), self.THREADS)
 
     @jit
-    def expect(self, n):
-        """Producer, before TMA: announce the bytes of tile n."""
-        mbarrier.expect(self.full.index(self.stage(n)), self.BYTES)
+    def expect(self, n, BESIDE: gl.constexpr = 0):
+        """Producer, before TMA: announce the bytes of tile n, and BESIDE bytes of another ring's that come with it."""
+        mbarrier.expect(self.full.index(self.stage(n)), self.BYTES + BESIDE)
 
     @jit
     def box(self, n, i):
@@ -111,7 +126,7 @@ class Ring:
     @jit
     def wait(self, n, pred=True):
         """Consumer: wait until tile n has arrived, if `pred`."""
-        mbarrier.wait(self.full.index(self.stage(n)), (n >> self.SHIFT) & 1, pred=pred)
+        mbarrier.wait(self.full.index(self.stage(n)), self.phase(n), pred=pred)
         if self.COPIED:
             # Threads write through the generic proxy, products read through the asynchronous one.
             fence_async_shared()

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia import ampere, hopper
+from triton.language.extra import cuda
 
 jit = gluon.jit
 aggregate: Any = getattr(gluon, "aggregate", None) or tl.core._aggregate
@@ -28,6 +29,9 @@ _descriptor: Any = gl.shared_memory_descriptor
 reinterpret: Any = getattr(_descriptor, "reinterpret", None) or _descriptor._reinterpret
 # Synchronises the warps of one partition.
 partition_barrier: Any = getattr(gl, "barrier", None) or gl.thread_barrier
+# Programmatic dependent launch: wait for the grids before, let the next one begin. Nothing where it is not asked for.
+wait_for_grids = cuda.gdc_wait
+release_grids = cuda.gdc_launch_dependents
 __all__ = [
     "aggregate",
     "constexpr_function",
@@ -39,9 +43,11 @@ __all__ = [
     "mbarrier",
     "partition_barrier",
     "reinterpret",
+    "release_grids",
     "tma_load",
     "tma_store",
     "tma_store_wait",
+    "wait_for_grids",
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]

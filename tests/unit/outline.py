@@ -10,10 +10,12 @@ from pathlib import Path
 OPERATIONS = {
     **dict.fromkeys(("acquire", "deliver", "release", "drain", "take", "give", "begin", "end"), 9),
     **dict.fromkeys(("named_sync", "named_arrive", "expect", "wait", "copy_arrive", "landing", "box", "part"), 9),
-    **dict.fromkeys(("_queries", "_fill", "_copy", "_zero_tail", "Turns"), 3),
+    **dict.fromkeys(("_queries", "_fill", "_copy", "_zero_tail", "Turns", "skip"), 3),
+    **dict.fromkeys(("product", "_product"), 2),
     **dict.fromkeys(("tma_store_wait", "warpgroup_mma_wait"), 1),
     **dict.fromkeys(("tma_load", "tma_store", "copy_load", "warpgroup_mma", "load", "store"), 0),
-    **dict.fromkeys(("fence_async_shared", "partition_barrier", "_step", "_write"), 0),
+    **dict.fromkeys(("fence_async_shared", "partition_barrier", "_step", "_write", "put"), 0),
+    **dict.fromkeys(("_load_weights", "_multiply", "_share", "_write_sums"), 0),
 }
 
 

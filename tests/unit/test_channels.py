@@ -76,23 +76,32 @@ class Barriers(list[mbarrier]):
 
 
 class Ring:
-    def __init__(self, STAGES: int, PARTS: int, BOXES: int, EMPTY: int, PRODUCER_THREADS: int, COPIED: bool) -> None:
+    """CONSUMERS: warpgroups. beside: a ring whose tiles come and go with those of this one."""
+
+    def __init__(self, STAGES: int, PARTS: int, BOXES: int, EMPTY: int, PRODUCER_THREADS: int, COPIED: bool,
+                 CONSUMERS: int = GROUPS, beside: Ring | None = None) -> None:  # fmt: skip
         self.boxes = [Box() for _ in range(STAGES * BOXES)]
-        self.full = Barriers(mbarrier() for _ in range(STAGES))
+        self.full = Barriers(mbarrier() for _ in range(STAGES)) if beside is None else beside.full
         self.STAGES, self.PARTS, self.BOXES, self.EMPTY, self.COPIED = STAGES, PARTS, BOXES, EMPTY, COPIED
-        self.SHIFT = STAGES.bit_length() - 1
+        self.SHIFT = STAGES.bit_length() - 1 if STAGES & (STAGES - 1) == 0 else -1
         self.BYTES = BOXES * BOX_BYTES
-        self.THREADS = GROUPS * CONSUMER_THREADS + PRODUCER_THREADS
+        self.THREADS = CONSUMERS * CONSUMER_THREADS + PRODUCER_THREADS
+        self.companions = [self]
+        if beside is not None:
+            beside.companions.append(self)
 
     def stage(self, n: int) -> int:
-        return n & (self.STAGES - 1)
+        return n & (self.STAGES - 1) if self.SHIFT >= 0 else n % self.STAGES
+
+    def phase(self, n: int) -> int:
+        return (n >> self.SHIFT) & 1 if self.SHIFT >= 0 else (n // self.STAGES) & 1
 
     def acquire(self, n: int) -> Steps:
         if n >= self.STAGES:
             yield named_sync(self.EMPTY + self.stage(n), self.THREADS)
 
-    def expect(self, n: int) -> Steps:
-        yield mbarrier.expect(self.full.index(self.stage(n)), self.BYTES)
+    def expect(self, n: int, BESIDE: int = 0) -> Steps:
+        yield mbarrier.expect(self.full.index(self.stage(n)), self.BYTES + BESIDE)
 
     def deliver(self, n: int) -> Steps:
         yield copy_arrive(self.full.index(self.stage(n)))
@@ -108,13 +117,14 @@ class Ring:
             yield named_sync(self.EMPTY + self.stage(i), self.THREADS)
 
     def wait(self, n: int, pred: bool = True) -> Steps:
-        yield mbarrier.wait(self.full.index(self.stage(n)), (n >> self.SHIFT) & 1, pred=pred)
+        yield mbarrier.wait(self.full.index(self.stage(n)), self.phase(n), pred=pred)
         if self.COPIED:
             yield fence_async_shared()
 
     def part(self, n: int, i: int) -> Part:
-        boxes = self.BOXES // self.PARTS
-        return Part(self.box(n, i * boxes + x) for x in range(boxes))
+        """Parts have boxes each, or share them."""
+        boxes = max(1, self.BOXES // self.PARTS)
+        return Part(self.box(n, i * self.BOXES // self.PARTS + x) for x in range(boxes))
 
     def release(self, n: int) -> Steps:
         yield self._disown(n)
@@ -122,8 +132,9 @@ class Ring:
 
     def _disown(self, n: int) -> Operation:
         def operation(gpu: Gpu, me: Role) -> None:
-            for i in range(self.BOXES):
-                self.box(n, i).owners.discard(me.name)
+            for ring in self.companions:
+                for i in range(ring.BOXES):
+                    ring.box(n, i).owners.discard(me.name)
 
         return operation
 
@@ -377,7 +388,7 @@ def deliver_at_once(ring: Ring, n: int) -> Steps:
 
 
 def wait_for_the_other_phase(ring: Ring, n: int, pred: bool = True) -> Steps:
-    yield mbarrier.wait(ring.full.index(ring.stage(n)), (n >> ring.SHIFT) & 1 ^ 1, pred=pred)
+    yield mbarrier.wait(ring.full.index(ring.stage(n)), ring.phase(n) ^ 1, pred=pred)
 
 
 def give_twice(turns: Turns) -> Steps:

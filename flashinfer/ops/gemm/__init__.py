@@ -20,9 +20,10 @@ from flashinfer.ops.gemm.spec import (
     Rows,
     Weights,
 )
-from flashinfer.ops.gemm.support import torch_supports, triton_supports
+from flashinfer.ops.gemm.support import gluon_sm90_supports, torch_supports, triton_supports
 
 IMPLS = (
+    Impl("gluon_sm90", "flashinfer.ops.gemm.gluon_sm90", gluon_sm90_supports),
     Impl("triton", "flashinfer.ops.gemm.triton", triton_supports),
     Impl("torch", "flashinfer.ops.gemm.reference", torch_supports),
 )

@@ -7,9 +7,14 @@ import torch
 from flashinfer.core.arch import Arch
 from flashinfer.core.check import FP8_DTYPES
 from flashinfer.core.select import triton_missing
-from flashinfer.ops.gemm.spec import GemmSpec
+from flashinfer.ops.gemm.spec import FP8_BLOCK, GemmSpec
 
 OLD_ARCHS = ("sm80", "sm86")
+# Triton releases whose code for the Hopper kernel was run.
+HOPPER_TRITON = "3.6."
+HOPPER_DTYPES = (torch.float16, torch.bfloat16)
+# Pairs of up and gate go to registers in blocks of so many columns, fp8 ones with a scale of their own.
+HALF_PAIRS, FP8_PAIRS = 8, 128
 
 
 def torch_supports(spec: GemmSpec, arch: Arch) -> str | None:
@@ -26,4 +31,51 @@ def triton_supports(spec: GemmSpec, arch: Arch) -> str | None:
         return f"{arch.name} has no fp8 numbers"
     if arch.is_cpu and torch.bfloat16 in (spec.row_dtype, spec.out_dtype):
         return "the Triton interpreter multiplies bf16 wrongly"
+    return None
+
+
+def gluon_sm90_supports(spec: GemmSpec, arch: Arch) -> str | None:
+    """Hopper's own kernel: operands go from tensor maps to the tensor cores as they are stored."""
+    if not arch.has_wgmma:
+        return f"warpgroup products are Hopper's, this is {arch.name}"
+    if arch.triton is None or not arch.triton.startswith(HOPPER_TRITON):
+        return f"Triton {arch.triton}: the kernel was run with {HOPPER_TRITON}x only"
+    return _operand_problem(spec) or _layout_problem(spec) or _pair_problem(spec)
+
+
+def _operand_problem(spec: GemmSpec) -> str | None:
+    dtypes = (spec.row_dtype, spec.weight_dtype)
+    fp8 = spec.kind in ("fp8_tensor", "fp8_block")
+    if spec.kind != "plain" and not fp8:
+        return f"tensor cores take no {spec.kind}: weights would pass through registers"
+    if fp8 and dtypes != (torch.float8_e4m3fn,) * 2:
+        return "fp8 operands must both be e4m3fn"
+    if not fp8 and (dtypes[0] != dtypes[1] or dtypes[0] not in HOPPER_DTYPES):
+        return "tensor cores take both operands in one 16-bit type here"
+    if spec.out_dtype not in HOPPER_DTYPES:
+        return "the output leaves through shared memory of a 16-bit type"
+    if spec.kind == "fp8_block" and not (spec.scale_rows and spec.scale_cols == FP8_BLOCK):
+        return f"block scales must be of 1 x {FP8_BLOCK} or {FP8_BLOCK} x {FP8_BLOCK} elements, for rows and weights"
+    return None
+
+
+def _layout_problem(spec: GemmSpec) -> str | None:
+    if spec.gathered:
+        return "tensor maps bring neighbouring rows, these are gathered"
+    for name, usable in (("rows", spec.row_map), ("weights", spec.weight_map), ("out", spec.out_map)):
+        if not usable:
+            return f"{name}: a tensor map wants its address and all strides but the innermost in multiples of 16 bytes"
+    if spec.transposed and spec.row_dtype.itemsize == 1:
+        return "tensor cores read fp8 along K only, the weights' stride of 1 is that of N"
+    return None
+
+
+def _pair_problem(spec: GemmSpec) -> str | None:
+    if not spec.gated:
+        return None
+    if spec.transposed:
+        return "gates and ups of weights [W, K, N] do not come in one box"
+    pairs = FP8_PAIRS if spec.row_dtype.itemsize == 1 else HALF_PAIRS
+    if spec.out_cols % pairs:
+        return f"gated columns come in blocks of {pairs}, there are {spec.out_cols}"
     return None

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from flashinfer.device.channels import Ring, Turns
+from flashinfer.device.channels import FIRST_BARRIER, Ring, Turns
 from flashinfer.device.gluon import (
     fence_async_shared,
     gl,
@@ -32,8 +32,6 @@ from flashinfer.ops.attention.gluon_sm90.softmax import LOWEST, online, row_sums
 
 # Consumer warpgroups.
 GROUPS = gl.constexpr(2)
-# Hardware barriers that the compiler leaves free.
-FIRST_BARRIER = gl.constexpr(6)
 # 65,536 registers among 4 warpgroups of up to MAX_REGISTERS a thread: what each warp starts with; the roles then trade.
 MAX_REGISTERS = 168
 

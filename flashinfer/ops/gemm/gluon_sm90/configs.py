@@ -1,0 +1,186 @@
+"""Tiles of the Hopper products: which a spec gets for so many rows a group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+from flashinfer.core.arch import Arch
+from flashinfer.ops.gemm.device.finish import PAIRED, SINGLE
+from flashinfer.ops.gemm.gluon_sm90.kernel import FP8_BITS, GemmConfig
+from flashinfer.ops.gemm.spec import GemmSpec
+
+# Rows a group, up to which a tile is as high; more take the last.
+HEIGHTS = (16, 32, 64, 128)
+# Groups looked at at once, at least and at most.
+GROUP_BLOCK = (32, 256)
+# By consumers and programs a multiprocessor: what each thread starts with of its 65,536 registers, then what a thread
+# of a consumer has (the first takes what is left), and one of the producer.
+REGISTERS = {(2, 1): (168, 232, 40), (2, 2): (80, 96, 48), (1, 1): (152, 0, 40), (1, 2): (128, 0, 40)}
+# From more than this on, K is long.
+LONG_DEPTH = 1024
+# Columns stored at once, at most.
+OUT_PART = 128
+# Columns of an accumulator that fp8 sums beside them leave registers for.
+SUM_COLUMNS = 128
+# Columns of up before those of their gates: both then lie in registers of one thread.
+GATE_BLOCK = 8
+
+
+class Tile(NamedTuple):
+    """What measuring decides; fields as in `GemmConfig`. per_sm: resident programs of a multiprocessor.
+
+    lag: where K is long. early: programs may be set up while the launch before still runs (programmatic dependent
+    launch).
+    """
+
+    block_m: int
+    block_n: int
+    stages: int
+    consumers: int = 2
+    split_rows: bool = False
+    weights_first: bool = False
+    per_sm: int = 1
+    band: int = 8
+    lag: int = 0
+    early: bool = True
+
+
+class Workload(NamedTuple):
+    """What a tile is chosen by, besides the spec. few: tiles of the widest kind would not occupy the GPU. groups: their
+    class, 0 where there is one. finishes: whether anything is done to the sums."""
+
+    height: int
+    few: bool
+    groups: int
+    finishes: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A kernel's configuration and how it is launched; hashed by identity, since `choose` makes each but once."""
+
+    kernel: GemmConfig
+    registers: tuple[int, int, int]
+    per_sm: int
+    early: bool
+
+
+TILES = {
+    ("128x256", 16): Tile(128, 256, 4, split_rows=True),
+    ("128x256lag", 16): Tile(128, 256, 4, split_rows=True, lag=2),
+    ("128x128", 16): Tile(128, 128, 6, split_rows=True),
+    ("64x256", 16): Tile(64, 256, 4),
+    ("64x128", 16): Tile(64, 128, 8),
+    ("64x128x2", 16): Tile(64, 128, 4, per_sm=2),
+    ("swap64", 16): Tile(64, 128, 8, weights_first=True),
+    ("swap64x2", 16): Tile(64, 128, 4, weights_first=True, per_sm=2),
+    ("swap32", 16): Tile(32, 128, 8, weights_first=True),
+    ("swap16", 16): Tile(16, 128, 8, weights_first=True),
+    ("128x256", 8): Tile(128, 256, 4, split_rows=True),
+    ("128x128", 8): Tile(128, 128, 6, split_rows=True),
+    ("128x64", 8): Tile(128, 64, 8, split_rows=True),
+    ("64x256", 8): Tile(64, 256, 4),
+    ("64x128", 8): Tile(64, 128, 8),
+    ("64x128x2", 8): Tile(64, 128, 4, per_sm=2),
+    ("64x64", 8): Tile(64, 64, 8, consumers=1, split_rows=True),
+    ("64x64x2", 8): Tile(64, 64, 6, consumers=1, split_rows=True, per_sm=2),
+}
+# Until the tiles are tuned: by height of the tile and bits of an operand, for tiles enough for all multiprocessors and
+# for fewer. Rates of a prototype on an H200 (November 2026).
+RULES = {
+    (16, 16): ("swap16", "swap16"),
+    (32, 16): ("swap32", "swap32"),
+    (64, 16): ("64x128x2", "64x128x2"),
+    (128, 16): ("128x256", "128x128"),
+    (16, 8): ("64x128", "64x64"),
+    (32, 8): ("64x128", "64x64"),
+    (64, 8): ("64x128", "64x64"),
+    (128, 8): ("128x256", "128x64"),
+}
+
+_imposed: ContextVar[Tile | None] = ContextVar("_imposed", default=None)
+
+
+@contextmanager
+def imposed(tile: Tile) -> Iterator[None]:
+    """For measuring: products inside, in this thread, get `tile`."""
+    token = _imposed.set(tile)
+    try:
+        yield
+    finally:
+        _imposed.reset(token)
+
+
+@cache
+def tuned() -> dict[tuple[int, int, bool, bool], Tile]:
+    """What was measured and written: the tile of each (bits, height, gated, few); empty before."""
+    path = files("flashinfer.ops.gemm").joinpath("tuned", "gluon_sm90.json")
+    if not path.is_file():
+        return {}
+    entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+    return {(e["bits"], e["height"], e["gated"], e["few"]): Tile(**e["tile"]) for e in entries}
+
+
+def height_for(num_rows: int, num_groups: int) -> int:
+    """Of the tile for so many rows a group, on average: group sizes are not known here."""
+    return next((m for m in HEIGHTS if m * num_groups >= num_rows), HEIGHTS[-1])
+
+
+def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, finishes: bool) -> Launch:
+    """The launch for about `num_rows` rows of all groups together. finishes: whether anything is done to the sums."""
+    height = height_for(num_rows, num_groups)
+    wide = TILES[RULES[height, spec.row_dtype.itemsize * 8][0], spec.row_dtype.itemsize * 8]
+    row_tiles = max(num_groups, -(-num_rows // wide.block_m))
+    few = row_tiles * -(-spec.n // wide.block_n) < arch.num_sms * wide.per_sm
+    groups = 0 if spec.layout == "one" else group_class(num_groups)
+    return _configured(spec, Workload(height, few, groups, finishes), _imposed.get())
+
+
+def group_class(num_groups: int) -> int:
+    """All numbers of groups for which one kernel serves have one class: a power of two."""
+    return min(max(1 << (num_groups - 1).bit_length(), GROUP_BLOCK[0]), 2 * GROUP_BLOCK[1])
+
+
+@cache
+def _configured(spec: GemmSpec, load: Workload, tile: Tile | None) -> Launch:
+    bits = spec.row_dtype.itemsize * 8
+    tile = tile or tuned().get((bits, load.height, spec.gated, load.few))
+    tile = tile or TILES[RULES[load.height, bits][load.few], bits]
+    kernel = configured(spec, tile, load.groups, load.finishes)
+    return Launch(kernel, REGISTERS[tile.consumers, tile.per_sm], tile.per_sm, tile.early)
+
+
+def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmConfig:
+    """The kernel of a tile. groups: their class, 0 where there is one."""
+    bits = spec.row_dtype.itemsize * 8
+    columns = tile.block_n if tile.split_rows else tile.block_n // tile.consumers
+    # Of fp8 pairs, up and gate have sums and scales of their own.
+    subtiles = 2 if bits == FP8_BITS and (spec.gated or columns > SUM_COLUMNS) else 1
+    gate_block = columns // 2 if bits == FP8_BITS else GATE_BLOCK
+    return GemmConfig(
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        stages=tile.stages,
+        consumers=tile.consumers,
+        split_rows=tile.split_rows,
+        weights_first=tile.weights_first,
+        subtiles=subtiles,
+        out_part=min(columns // (2 if spec.gated else subtiles), OUT_PART),
+        band=tile.band,
+        group_block=min(groups, GROUP_BLOCK[1]),
+        many_groups=groups > GROUP_BLOCK[1],
+        bits=bits,
+        lag=tile.lag if tile.consumers == 2 and spec.k > LONG_DEPTH else 0,
+        n_major=spec.transposed,
+        scale_rows=spec.scale_rows,
+        gate_block=gate_block if spec.gated else 0,
+        finishes=finishes,
+        activation=PAIRED[spec.activation] if spec.gated else SINGLE[spec.activation],
+    )

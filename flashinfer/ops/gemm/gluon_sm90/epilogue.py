@@ -1,0 +1,103 @@
+"""From accumulators to the output: what is done to them, and two ways out of shared memory."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from flashinfer.device.gluon import (
+    constexpr_function,
+    fence_async_shared,
+    gl,
+    jit,
+    partition_barrier,
+    tma_store,
+    tma_store_wait,
+)
+from flashinfer.ops.gemm.device.finish import add_bias, factor_of
+from flashinfer.ops.gemm.gluon_sm90.schedule import weights_of
+
+
+class Target(NamedTuple):
+    """out `[rows, columns]`, the innermost stride 1."""
+
+    data: torch.Tensor
+    stride_row: int
+
+
+@constexpr_function
+def accumulator_layout(columns, bits):
+    """Of a `[64, columns]` accumulator of one warpgroup, for operands of `bits` bits."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 256 // bits])
+
+
+@constexpr_function
+def _copy_layout(columns):
+    """16 bytes a thread, a warp's threads along the columns."""
+    return gl.BlockedLayout([1, 8], [256 // columns, columns // 8], [4, 1], [1, 0])
+
+
+@jit
+def halves(x, BLOCK: gl.constexpr):
+    """`[rows, columns]` whose columns alternate between blocks of BLOCK: the even blocks, and the odd ones."""
+    ROWS: gl.constexpr = x.shape[0]
+    PAIRS: gl.constexpr = x.shape[1] // (2 * BLOCK)
+    even, odd = x.reshape([ROWS, PAIRS, 2, BLOCK]).permute((0, 1, 3, 2)).split()
+    return even.reshape([ROWS, PAIRS * BLOCK]), odd.reshape([ROWS, PAIRS * BLOCK])
+
+
+@jit
+def finished(x, gate, finish, groups, place, counts, cfg: gl.constexpr):
+    """Sums `[rows, columns]` (with those of the gates, if gated) to numbers of the output, fp32.
+
+    place: (group, first row, rows of the group from there on, first column). finish: `Finish`.
+    """
+    group, row, left, column = place
+    if not cfg.finishes:
+        return x
+    else:
+        which = weights_of(groups, group)
+        matrix = gl.maximum(which, 0)
+        LAYOUT: gl.constexpr = x.type.layout
+        offs_n = column + gl.arange(0, x.shape[1], gl.SliceLayout(0, LAYOUT))
+        factor = factor_of(finish, matrix)
+        if cfg.gated:
+            columns = 2 * counts.columns
+            pair = add_bias(gate * factor, finish, matrix, counts.columns + offs_n, columns)
+            x = cfg.activation(add_bias(x * factor, finish, matrix, offs_n, counts.columns), pair, finish, matrix)
+        else:
+            x = add_bias(x * factor, finish, matrix, offs_n, counts.columns)
+            if cfg.activation is not None:
+                x = cfg.activation(x)
+        if finish[2] is not None:
+            offs_m = gl.arange(0, x.shape[0], gl.SliceLayout(1, LAYOUT))
+            x *= gl.load(finish[2] + row + offs_m, mask=offs_m < left, other=0.0)[:, None]
+        if groups.indices is not None:
+            x = gl.where(which < 0, 0.0, x)
+        return x
+
+
+@jit
+def put(value, staging, o_desc, target, row, left, column, counts):
+    """value `[rows, columns]` to the output from (row, column) on, through `staging`.
+
+    By TMA where all rows are of the group, which ends `left` rows on; the tensor map ends at the last column. Else by
+    stores under a mask.
+    """
+    ROWS: gl.constexpr = value.shape[0]
+    COLUMNS: gl.constexpr = value.shape[1]
+    # The store of the part before has left the buffer, as the thread that asked for it knows.
+    tma_store_wait(0)
+    partition_barrier()
+    staging.store(value)
+    if left >= ROWS:
+        fence_async_shared()
+        tma_store(o_desc, [row, column], staging)
+    else:
+        LAYOUT: gl.constexpr = _copy_layout(COLUMNS)
+        offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+        offs_n = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
+        offs = (row + offs_m).to(gl.int64)[:, None] * target.stride_row + offs_n[None, :]
+        mask = (offs_m < left)[:, None] & (offs_n < counts.columns)[None, :]
+        gl.store(target.data + offs, staging.load(LAYOUT), mask=mask)

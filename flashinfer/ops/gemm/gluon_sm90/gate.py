@@ -1,0 +1,137 @@
+"""What the offline compile gate compiles of this folder: every tile, and every way that operands come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from flashinfer.ops.gemm.device.finish import Finish
+from flashinfer.ops.gemm.gluon_sm90.configs import REGISTERS, TILES, configured
+from flashinfer.ops.gemm.gluon_sm90.epilogue import Target
+from flashinfer.ops.gemm.gluon_sm90.kernel import Shape, grouped_kernel
+from flashinfer.ops.gemm.gluon_sm90.launch import box_layout, boxes
+from flashinfer.ops.gemm.gluon_sm90.scaled import Scales
+from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
+from flashinfer.ops.gemm.spec import GemmSpec
+from flashinfer.testing.gate import Constant, GateCase, Typed, case_of
+
+HOPPER = ("sm90",)
+BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
+SPELLED = {BF16: "bf16", FP16: "fp16", E4M3: "fp8e4nv"}
+BASE = GemmSpec(
+    kind="plain",
+    row_dtype=BF16,
+    weight_dtype=BF16,
+    out_dtype=BF16,
+    n=4096,
+    k=4096,
+    layout="ragged",
+    gathered=False,
+    indexed=False,
+    transposed=False,
+    scale_rows=0,
+    scale_cols=0,
+    row_map=True,
+    weight_map=True,
+    out_map=True,
+    bias=False,
+    activation="",
+    row_weights=False,
+)
+HALF = BASE._replace(row_dtype=FP16, weight_dtype=FP16, out_dtype=FP16)
+BLOCK = BASE._replace(kind="fp8_block", row_dtype=E4M3, weight_dtype=E4M3, scale_rows=1, scale_cols=128)
+TENSOR = BLOCK._replace(kind="fp8_tensor", scale_rows=0, scale_cols=0)
+
+
+class Problem(NamedTuple):
+    """One compiled path. tiles: None for all of these operands. groups: their class."""
+
+    name: str
+    spec: GemmSpec
+    tiles: tuple[str, ...] | None = None
+    groups: int = 32
+
+
+PROBLEMS = (
+    Problem("bf16", BASE),
+    Problem("bf16_swiglu", BASE._replace(activation="swiglu")),
+    Problem("bf16_groups256", BASE._replace(indexed=True), ("128x256", "64x128x2", "swap16"), 256),
+    Problem("bf16_groups512", BASE, ("128x256",), 512),
+    Problem("bf16_kn", BASE._replace(transposed=True)),
+    Problem("fp16_moe", HALF._replace(activation="swiglu", bias=True, indexed=True), ("128x256", "swap16")),
+    Problem("fp16_bias", HALF._replace(activation="gelu", bias=True, row_weights=True), ("128x256", "64x128x2")),
+    Problem("bf16_padded", BASE._replace(layout="padded"), ("128x256",)),
+    Problem("bf16_equal", BASE._replace(layout="equal"), ("64x128x2",)),
+    Problem("bf16_one", BASE._replace(layout="one"), ("128x256", "128x128"), 0),
+    Problem("fp8_block", BLOCK),
+    Problem("fp8_block_swiglu", BLOCK._replace(activation="swiglu")),
+    Problem("fp8_block_groups256", BLOCK._replace(indexed=True, scale_rows=128), ("128x256", "64x128"), 256),
+    Problem("fp8_block_one", BLOCK._replace(layout="one"), ("128x256", "128x64", "64x64"), 0),
+    Problem("fp8_tensor", TENSOR, ("128x256", "64x128")),
+    Problem("fp8_tensor_swiglu", TENSOR._replace(activation="swiglu"), ("128x256",)),
+)
+
+
+def cases() -> Iterator[GateCase]:
+    """Each problem with each of its tiles; spills nowhere in a loop."""
+    for problem in PROBLEMS:
+        bits = problem.spec.row_dtype.itemsize * 8
+        for name in problem.tiles or [tile for tile, width in TILES if width == bits]:
+            yield _case(problem, name)
+
+
+def _case(problem: Problem, name: str) -> GateCase:
+    spec = problem.spec
+    tile = TILES[name, spec.row_dtype.itemsize * 8]
+    finish = _finish(spec)
+    config = configured(spec, tile, problem.groups, finish is not None)
+    int32, fp32 = torch.empty(0, dtype=torch.int32), torch.empty(0)
+    dtypes = (spec.row_dtype, spec.weight_dtype, spec.out_dtype)
+    maps = [_map(dtype, box) for dtype, box in zip(dtypes, boxes(config), strict=True)]
+    start, consumer, producer = REGISTERS[tile.consumers, tile.per_sm]
+    arguments: dict[str, Any] = {
+        "x_desc": maps[0],
+        "w_desc": maps[1],
+        "o_desc": maps[2],
+        "target": Target(torch.empty(0, dtype=spec.out_dtype), 16),
+        "finish": finish,
+        "groups": Groups(
+            int32 if spec.layout == "ragged" else None,
+            int32 if spec.layout == "padded" else None,
+            int32 if spec.indexed else None,
+            1,
+        ),
+        "num_rows": 7,
+        "num_groups": 7,
+        "shape": Shape(16, 16),
+        "scales": Scales(fp32, 16, 1, fp32, 16, 16, 1) if spec.kind == "fp8_block" else None,
+        "cfg": Constant(config),
+        "CONSUMER_REGISTERS": Constant(consumer),
+        "PRODUCER_REGISTERS": Constant(producer),
+    }
+    options = {"num_warps": 4, "maxnreg": start, "launch_pdl": tile.early}
+    return case_of(f"{problem.name}.{name}", grouped_kernel, arguments, options=options, archs=HOPPER)
+
+
+def _finish(spec: GemmSpec) -> Finish | None:
+    """Every parameter of the activation where there is a bias."""
+    fp32 = torch.empty(0)
+    per_tensor = spec.kind == "fp8_tensor"
+    if not (spec.activation or spec.bias or spec.row_weights or per_tensor):
+        return None
+    parameters = [fp32] * 3 if spec.activation == "swiglu" and spec.bias else [None] * 3
+    return Finish(
+        torch.empty(0, dtype=spec.out_dtype) if spec.bias else None,
+        16,
+        fp32 if spec.row_weights else None,
+        *parameters,
+        fp32 if per_tensor else None,
+        fp32 if per_tensor else None,
+        1,
+    )
+
+
+def _map(dtype: torch.dtype, box: tuple[int, ...]) -> Typed:
+    return Typed(f"tensordesc<{SPELLED[dtype]}{list(box)},{box_layout(len(box), box[-1], dtype.itemsize * 8)!r}>")

@@ -1,0 +1,162 @@
+"""Host side of the Hopper products: tensor maps and the launch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from functools import cache, lru_cache
+
+import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from flashinfer.core.arch import Arch
+from flashinfer.core.launch import Prebound, alignment, integer_classes, token
+from flashinfer.device.gluon import gl
+from flashinfer.ops.gemm.device.finish import Finish
+from flashinfer.ops.gemm.gluon_sm90.configs import Launch, choose
+from flashinfer.ops.gemm.gluon_sm90.epilogue import Target
+from flashinfer.ops.gemm.gluon_sm90.kernel import GemmConfig, Shape, grouped_kernel
+from flashinfer.ops.gemm.gluon_sm90.scaled import Scales
+from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
+from flashinfer.ops.gemm.spec import Activation, Gemm, GemmSpec, Rows, Weights
+
+Box = tuple[int, ...]
+NO_ACTIVATION = Activation("identity")
+_launch = Prebound(grouped_kernel)
+
+
+def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
+    """The call for one kind of product: one launch, no host sync."""
+
+    def run(tensors: Gemm) -> None:
+        out, rows, weights = tensors.out, tensors.rows, tensors.weights
+        num_rows, num_groups = out.shape[0], tensors.num_groups
+        finish = finish_of(spec, tensors)
+        expected = tensors.expected_rows * num_groups or num_rows
+        launch = choose(spec, arch, expected, num_groups, finish is not None)
+        config, (start, consumer, producer) = launch.kernel, launch.registers
+        indices = weights.indices
+        groups = Groups(rows.indptr, rows.lengths, indices, 0 if indices is None else indices.stride(0))
+        target = Target(out, out.stride(0))
+        scales = scales_of(rows, weights) if spec.kind == "fp8_block" else None
+        arguments = (
+            *maps_of(config, tensors),
+            target,
+            finish,
+            groups,
+            num_rows,
+            num_groups,
+            Shape(spec.out_cols, spec.k),
+            scales,
+            config,
+            consumer,
+            producer,
+        )
+        key = _key(spec, launch, target, finish, groups, scales)
+        grid = (grid_of(launch, spec, arch, num_rows, num_groups), 1, 1)
+        _launch(grid, key, arguments, out.device, num_warps=4, maxnreg=start, launch_pdl=launch.early)
+
+    return run
+
+
+def grid_of(launch: Launch, spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int) -> int:
+    """As many programs as are resident, or as there can be tiles."""
+    config = launch.kernel
+    partial = min(num_groups, num_rows)
+    row_tiles = (num_rows - partial) // config.block_m + partial
+    return max(1, min(row_tiles * -(-spec.out_cols // config.out_columns), arch.num_sms * launch.per_sm))
+
+
+# ---- Tensor maps
+
+
+@cache
+def box_layout(rank: int, columns: int, bits: int) -> gl.NVMMASharedLayout:
+    """Shared memory of a box whose rows are `columns` elements."""
+    width = min(128, columns * bits // 8)
+    return gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=bits, rank=rank)
+
+
+def boxes(config: GemmConfig) -> tuple[Box, Box, Box]:
+    """Of the rows, the weights and the output."""
+    depth = config.block_k
+    weights = (1, depth, depth) if config.n_major else (1, config.block_n, depth)
+    if config.gated:
+        weights = (1, config.out_columns // config.gate_block, 2, config.gate_block, depth)
+    return (config.block_m, depth), weights, (config.out_rows, config.out_part)
+
+
+def maps_of(config: GemmConfig, tensors: Gemm) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:
+    """Tensor maps of rows, weights and output."""
+    row_box, weight_box, out_box = boxes(config)
+    out, rows = tensors.out, tensors.rows.values
+    matrices = tensors.weights.values
+    if config.n_major:
+        matrices = matrices.transpose(1, 2)
+    shape, strides = list(matrices.shape), map_strides(matrices)
+    if config.gated:
+        pairs, block, stride = shape[1] // 2, config.gate_block, strides[1]
+        shape = [shape[0], pairs // block, 2, block, shape[2]]
+        strides = [strides[0], block * stride, pairs * stride, stride, 1]
+    return (
+        tensor_map(rows, list(rows.shape), map_strides(rows), row_box),
+        tensor_map(matrices, shape, strides, weight_box),
+        tensor_map(out, list(out.shape), map_strides(out), out_box),
+    )
+
+
+def map_strides(x: torch.Tensor) -> list[int]:
+    """Those of dimensions of size 1 mean nothing, but a tensor map wants them in multiples of 16 bytes too."""
+    return [s if n > 1 else x.shape[-1] for n, s in zip(x.shape[:-1], x.stride(), strict=False)] + [1]
+
+
+def tensor_map(x: torch.Tensor, shape: list[int], strides: list[int], box: Box) -> TensorDescriptor:
+    """As the constructor makes it, less 10 us of checks that `support` has made."""
+    made = object.__new__(TensorDescriptor)
+    made.base, made.shape, made.strides = x, shape, strides
+    made.block_shape, made.layout, made.padding = list(box), box_layout(len(box), box[-1], x.itemsize * 8), "zero"
+    return made
+
+
+# ---- The other arguments
+
+
+def scales_of(rows: Rows, weights: Weights) -> Scales:
+    assert rows.scale is not None and weights.scale is not None
+    return Scales(rows.scale, *rows.scale.stride(), weights.scale, *weights.scale.stride())
+
+
+def finish_of(spec: GemmSpec, tensors: Gemm) -> Finish | None:
+    """What is done to the sums; None for nothing."""
+    bias, activation, row_weights = tensors.epilogue
+    row_factor = tensors.rows.scale if spec.kind == "fp8_tensor" else None
+    matrix_factor = tensors.weights.global_scale
+    if all(x is None for x in (*tensors.epilogue, row_factor, matrix_factor)):
+        return None
+    return Finish(
+        bias,
+        0 if bias is None else bias.stride(0),
+        row_weights,
+        *(activation or NO_ACTIVATION)[1:],
+        row_factor,
+        matrix_factor,
+        int(matrix_factor is not None and matrix_factor.numel() > 1),
+    )
+
+
+def _key(spec: GemmSpec, launch: Launch, *records: tuple[object, ...] | None) -> Hashable:
+    """Everything that the compiled form depends on."""
+    given = [x for record in records for x in record or ()]
+    numbers = tuple(x for x in given if isinstance(x, int))
+    tensors = [x for x in given if x is None or isinstance(x, torch.Tensor)]
+    present = tuple(record is not None for record in records)
+    return _token(spec, launch, numbers), present, _kinds(tensors)
+
+
+@lru_cache(maxsize=4096)
+def _token(spec: GemmSpec, launch: Launch, numbers: tuple[int, ...]) -> object:
+    return token(spec, launch, integer_classes((*numbers, spec.out_cols, spec.k)))
+
+
+def _kinds(tensors: Sequence[torch.Tensor | None]) -> Hashable:
+    """Which tensors there are, of what dtype, and which are aligned."""
+    return (*(None if x is None else x.dtype for x in tensors), alignment(*tensors))

@@ -1,0 +1,249 @@
+"""What of the Hopper products a CPU can judge: when they are chosen, how they are configured, what they are given."""
+
+from __future__ import annotations
+
+import random
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import triton
+import triton.language as tl
+
+from flashinfer.core.arch import SMEM_BYTES, Arch
+from flashinfer.core.config import config
+from flashinfer.core.select import select
+from flashinfer.ops import gemm
+from flashinfer.ops.gemm import IMPLS, Activation, Epilogue, Gemm, GemmSpec, Rows, Weights
+from flashinfer.ops.gemm.gluon_sm90 import configs, gate, launch
+from flashinfer.ops.gemm.gluon_sm90.schedule import tile_place
+from flashinfer.ops.gemm.support import gluon_sm90_supports
+
+HOPPER = Arch("sm90", 132, SMEM_BYTES["sm90"], "3.6.0")
+E4M3 = torch.float8_e4m3fn
+FP4 = {"kind": "mxfp4", "weight_dtype": torch.uint8}
+
+
+@pytest.mark.parametrize(
+    ("spec", "change", "reason"),
+    [
+        (gate.BASE, {"row_dtype": torch.float32, "weight_dtype": torch.float32}, "16-bit"),
+        (gate.BASE, {"weight_dtype": torch.float16}, "16-bit"),
+        (gate.BASE, {"out_dtype": torch.float32}, "16-bit"),
+        (gate.BASE, FP4, "mxfp4"),
+        (gate.BASE, {"gathered": True, "row_map": False}, "gathered"),
+        (gate.BASE, {"row_map": False}, "rows: .* multiples of 16 bytes"),
+        (gate.BASE, {"weight_map": False}, "weights: .* multiples of 16 bytes"),
+        (gate.BASE, {"out_map": False}, "out: .* multiples of 16 bytes"),
+        (gate.BASE, {"transposed": True, "activation": "swiglu"}, "one box"),
+        (gate.BASE, {"n": 4104, "activation": "geglu"}, "blocks of 8"),
+        (gate.BLOCK, {"transposed": True}, "along K"),
+        (gate.BLOCK, {"n": 4352, "activation": "swiglu"}, None),
+        (gate.BLOCK, {"n": 4224, "activation": "swiglu"}, "blocks of 128"),
+        (gate.BLOCK, {"scale_cols": 1}, "block scales"),
+        (gate.BLOCK, {"scale_rows": 0}, "block scales"),
+        (gate.BLOCK, {"row_dtype": torch.float8_e5m2}, "e4m3"),
+        (gate.BLOCK, {"row_dtype": torch.bfloat16}, "e4m3"),
+    ],
+)
+def test_each_refusal_has_its_reason(spec: GemmSpec, change: dict[str, Any], reason: str | None) -> None:
+    assert gluon_sm90_supports(spec, HOPPER) is None
+    found = gluon_sm90_supports(spec._replace(**change), HOPPER)
+    assert found is None if reason is None else re.search(reason, str(found))
+
+
+def test_other_architectures_and_compilers_are_refused() -> None:
+    assert "Hopper" in str(gluon_sm90_supports(gate.BASE, replace(HOPPER, name="sm80")))
+    for release in ("3.9.0", None):
+        assert f"Triton {release}" in str(gluon_sm90_supports(gate.BASE, replace(HOPPER, triton=release)))
+
+
+def test_auto_prefers_it() -> None:
+    assert select(IMPLS, gate.BASE, HOPPER).name == select(IMPLS, gate.BASE, HOPPER, "fa3").name == "gluon_sm90"
+    assert select(IMPLS, gate.BASE._replace(gathered=True), HOPPER).name == "triton"
+
+
+# ---- Configurations
+
+
+def chosen(spec: GemmSpec, num_rows: int, num_groups: int) -> configs.Launch:
+    return configs.choose(spec, HOPPER, num_rows, num_groups, False)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rows_a_group", "tile"),
+    [
+        (gate.BASE, 4, "swap16"),
+        (gate.BASE, 17, "swap32"),
+        (gate.BASE, 64, "64x128x2"),
+        (gate.BASE, 65, "128x256"),
+        (gate.BASE, 5000, "128x256"),
+        (gate.BLOCK, 64, "64x128"),
+        (gate.BLOCK, 200, "128x256"),
+    ],
+)
+def test_tiles_by_rows_a_group(spec: GemmSpec, rows_a_group: int, tile: str) -> None:
+    wanted = configs.TILES[tile, spec.row_dtype.itemsize * 8]
+    config = chosen(spec, rows_a_group * 64, 64).kernel
+    assert (config.block_m, config.block_n, config.stages) == (wanted.block_m, wanted.block_n, wanted.stages)
+    assert (config.split_rows, config.weights_first) == (wanted.split_rows, wanted.weights_first)
+
+
+def test_few_tiles_are_narrower() -> None:
+    one = gate.BLOCK._replace(layout="one", n=7168)
+    assert chosen(one, 128, 1).kernel.block_n == 64 and chosen(one, 4096, 1).kernel.block_n == 256
+
+
+def test_one_launch_serves_equal_classes() -> None:
+    """A number of rows or groups of its own is no kernel of its own."""
+    made = {id(chosen(gate.BASE, rows, groups)) for rows, groups in ((300, 9), (1000, 32), (999, 17))}
+    assert len(made) == 2, "17 to 32 rows a group, and 33 to 64"
+    assert chosen(gate.BASE, 9000, 300).kernel.many_groups and not chosen(gate.BASE, 9000, 256).kernel.many_groups
+
+
+def test_registers_fit_the_multiprocessor() -> None:
+    for (consumers, per_sm), (start, consumer, producer) in configs.REGISTERS.items():
+        # Each warp of a producer's warpgroup has what that asked for.
+        threads = 128 * (consumers + 1)
+        assert threads * start * per_sm <= 65536
+        if consumers > 1:
+            assert 128 * (consumer * consumers + producer) <= threads * start
+    assert {(tile.consumers, tile.per_sm) for tile in configs.TILES.values()} <= set(configs.REGISTERS)
+
+
+def test_an_imposed_tile_holds_inside_its_context_only() -> None:
+    before = chosen(gate.BASE, 640, 10)
+    with configs.imposed(configs.TILES["swap16", 16]):
+        assert chosen(gate.BASE, 640, 10).kernel.block_m == 16
+    assert chosen(gate.BASE, 640, 10) is before
+
+
+# ---- What the kernel is given
+
+
+def given(tensors: Gemm, monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[int, int, int], dict[str, Any]]:
+    """Grid and arguments of the launch, by the kernel's names."""
+    calls: list[Any] = []
+    monkeypatch.setattr(launch, "_launch", lambda *args, **options: calls.append(args))
+    launch.bind(tensors.spec, HOPPER)(tensors)
+    ((grid, _, arguments, *_),) = calls
+    return grid, dict(zip(launch.grouped_kernel.arg_names, arguments, strict=True))
+
+
+def problem(kind: str, activation: str | None = None) -> Gemm:
+    dtype = torch.float16 if kind == "half" else E4M3
+    x, w = torch.zeros(300, 256).to(dtype), torch.zeros(5, 512, 256).to(dtype)
+    indptr = torch.tensor([0, 10, 10, 200, 240, 300], dtype=torch.int32)
+    epilogue = Epilogue(None, Activation(activation)) if activation else Epilogue()
+    scale = None if kind == "half" else torch.ones(300, 2)
+    weights = Weights(w) if kind == "half" else Weights(w, scale=torch.ones(5, 4, 2), kind="fp8_block")
+    out = torch.zeros(300, 256 if activation == "swiglu" else 512, dtype=torch.float16)
+    return Gemm(out, Rows(x, indptr, scale=scale), weights, epilogue)
+
+
+@pytest.mark.parametrize("kind", ["half", "fp8"])
+@pytest.mark.parametrize("activation", [None, "swiglu"])
+def test_the_launch_is_the_one_that_the_gate_compiles(kind, activation, monkeypatch) -> None:
+    tensors = problem(kind, activation)
+    tile = configs.TILES["128x256", 16 if kind == "half" else 8]
+    with configs.imposed(tile):
+        _, arguments = given(tensors, monkeypatch)
+    made = gate.Problem("x", tensors.spec)
+    compiled = gate._case(made, "128x256")
+    assert list(compiled.signature) == list(arguments)
+    cfg = compiled.constexprs[list(arguments).index("cfg"),]
+    assert cfg == arguments["cfg"]
+    for name in ("x_desc", "w_desc", "o_desc"):
+        made_map = arguments[name]
+        assert str(list(made_map.block_shape)) in compiled.signature[name]
+        assert repr(made_map.layout) in compiled.signature[name]
+
+
+@pytest.mark.parametrize(("kind", "block"), [("half", 8), ("fp8", 128)])
+def test_pairs_of_up_and_gate_are_one_box(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The view that the map has of the weights puts blocks of up before those of their gates."""
+    tensors = problem(kind, "swiglu")
+    numbers = torch.arange(512)[None, :, None].expand(5, 512, 256)
+    with configs.imposed(configs.TILES["128x256", 16 if kind == "half" else 8]):
+        _, arguments = given(tensors, monkeypatch)
+    made = arguments["w_desc"]
+    seen = numbers.contiguous().as_strided(made.shape, made.strides)
+    box = seen[0, : made.block_shape[1], :, :, 0].reshape(-1)
+    expected = [half * 256 + at + i for at in range(0, 128, block) for half in (0, 1) for i in range(block)]
+    assert box.tolist() == expected and len(expected) == arguments["cfg"].block_n
+
+
+def test_maps_of_transposed_weights_and_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = problem("half")
+    stored = torch.zeros(5, 256, 520, dtype=torch.float16)[..., :512]
+    tensors = tensors._replace(weights=Weights(stored.transpose(1, 2)))
+    _, arguments = given(tensors, monkeypatch)
+    assert arguments["w_desc"].shape == [5, 256, 512] and arguments["w_desc"].strides == [256 * 520, 520, 1]
+    assert arguments["cfg"].n_major and arguments["scales"] is None and arguments["finish"] is None
+
+
+def test_a_grid_is_no_larger_than_the_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = problem("half")
+    few = tensors._replace(out=tensors.out[:3])
+    grid, arguments = given(few, monkeypatch)
+    assert grid == (3 * 512 // arguments["cfg"].out_columns, 1, 1)
+    assert given(problem("half"), monkeypatch)[0][0] <= 2 * HOPPER.num_sms
+
+
+def test_expected_rows_decide_about_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for many rows a group of which few exist."""
+    tensors = problem("half")
+    tall, low = (given(tensors._replace(expected_rows=n), monkeypatch)[1]["cfg"].block_m for n in (100, 10))
+    assert (tall, low) == (128, 16)
+
+
+def test_a_factor_of_the_sums_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`global_scale` with weights of any kind."""
+    tensors = problem("half")
+    tensors = tensors._replace(weights=tensors.weights._replace(global_scale=torch.ones(5)))
+    _, arguments = given(tensors, monkeypatch)
+    assert arguments["cfg"].finishes and arguments["finish"].matrix_stride == 1
+
+
+# ---- The order of tiles
+
+
+@triton.jit
+def order_kernel(out, rows, column_tiles, count, BLOCK_M: tl.constexpr, BAND: tl.constexpr):
+    for n in range(count):
+        row_tile, column_tile = tile_place(n, rows, column_tiles, BLOCK_M, BAND)
+        tl.store(out + 2 * n, row_tile)
+        tl.store(out + 2 * n + 1, column_tile)
+
+
+@pytest.mark.skipif(not (config().triton_interpret or torch.cuda.is_available()), reason="needs Triton to run")
+def test_tiles_come_once_in_bands(rng: random.Random) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for _ in range(20):
+        rows, column_tiles, block_m, band = (
+            rng.randint(1, 900),
+            rng.randint(1, 7),
+            rng.choice([16, 64]),
+            rng.choice([1, 8]),
+        )
+        row_tiles = -(-rows // block_m)
+        expected = [
+            (row, column)
+            for first in range(0, row_tiles, band)
+            for column in range(column_tiles)
+            for row in range(first, min(first + band, row_tiles))
+        ]
+        out = torch.full((len(expected), 2), -1, dtype=torch.int32, device=device)
+        order_kernel[(1,)](out, rows, column_tiles, len(expected), block_m, band)
+        assert list(map(tuple, out.tolist())) == expected
+
+
+def test_every_activation_is_known() -> None:
+    for name in gemm.ACTIVATIONS:
+        config = configs.configured(gate.BASE._replace(activation=name), configs.TILES["64x128", 16], 32, True)
+        assert config.gated == (name in gemm.GATED) and (config.activation is None) == (name == "identity")
