@@ -141,8 +141,8 @@ def choose_kernel(out, logits, bias, stride, cfg: tl.constexpr):
     NONE: tl.constexpr = -(1 << 63)
     key = tl.where(mask, (order.to(tl.int64) << 32) | (PLACES - place).to(tl.int64), NONE)
     offs = tl.arange(0, cfg.block_k)
-    weights = tl.zeros([cfg.block_k], tl.float32)
-    ids = tl.zeros([cfg.block_k], tl.int32)
+    weights = tl.full([cfg.block_k], 0.0, tl.float32)
+    ids = tl.full([cfg.block_k], 0, tl.int32)
     for i in range(cfg.top_k):
         taken = key == tl.max(key, 0)
         weights = tl.where(offs == i, tl.sum(tl.where(taken, score, 0.0), 0), weights)
