@@ -28,6 +28,11 @@ class Arch:
         return self.name == "sm90"
 
     @property
+    def has_tma(self) -> bool:
+        """Whether tensor maps copy tiles; the interpreter knows them too."""
+        return self.is_cpu or self.name in ("sm90", "sm100", "sm103", "sm120", "sm121")
+
+    @property
     def converts_to_fp8(self) -> bool:
         """Whether Triton rounds fp32 to fp8 in one instruction, saturating (for sm_89, 3.6 goes through fp16)."""
         return self.name.startswith("sm") and int(self.name[2:]) >= 90

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from flashinfer.device.activation import silu
+from flashinfer.device.activation import gelu, silu
 from flashinfer.device.fp8 import to_fp8
 from flashinfer.device.rows import row_pointers
 
@@ -26,11 +26,6 @@ class GatedConfig:
     flat: bool
     mantissa_bits: int
     native_fp8: bool
-
-
-@triton.jit
-def gelu(x):
-    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
 
 
 @triton.jit

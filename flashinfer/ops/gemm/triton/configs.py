@@ -1,0 +1,194 @@
+"""Tiles of the grouped product: which a spec gets for so many rows a group."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import NamedTuple
+
+from flashinfer.core.arch import Arch
+from flashinfer.ops.gemm.device.finish import PAIRED, SINGLE
+from flashinfer.ops.gemm.spec import FP4_BLOCK, FP8_BLOCK, GemmSpec
+from flashinfer.ops.gemm.triton.kernel import GemmConfig
+
+# Rows a group, up to which a tile is as high; more take the last.
+HEIGHTS = (16, 32, 64, 128)
+GROUP_BLOCK = (32, 1024)
+# Shared memory that a program needs besides its stages.
+SLACK = 4096
+
+
+class Tile(NamedTuple):
+    """What measuring decides. swap, band: see `GemmConfig`; stages: at most; per_sm: resident programs."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    stages: int
+    per_sm: int = 1
+    swap: bool = False
+    band: int = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Launch:
+    """A kernel's configuration and how it is launched; hashed by identity, since `choose` makes each but once."""
+
+    kernel: GemmConfig
+    num_warps: int
+    num_stages: int
+    per_sm: int
+
+
+# Until `bench.tune_gemm` has measured: rates of a prototype on an H200 (November 2026) for what has tensor maps, and
+# what fits registers elsewhere. By (operands, height of the tile).
+HOPPER = {
+    ("half", 16): Tile(16, 128, 64, 4, 6, 2, True),
+    ("half", 32): Tile(32, 128, 64, 4, 6, 2, True),
+    ("half", 64): Tile(64, 128, 64, 4, 5, 2),
+    ("half", 128): Tile(128, 256, 64, 8, 4),
+    ("fp8", 16): Tile(16, 128, 128, 4, 6, 2, True),
+    ("fp8", 32): Tile(32, 128, 128, 4, 6, 2, True),
+    ("fp8", 64): Tile(64, 128, 128, 4, 4, 2),
+    ("fp8", 128): Tile(128, 128, 128, 8, 4),
+    ("fp4", 16): Tile(16, 128, 128, 4, 4, 2, True),
+    ("fp4", 32): Tile(32, 128, 128, 4, 4, 2, True),
+    ("fp4", 64): Tile(64, 128, 64, 8, 4, 1, True),
+    ("fp4", 128): Tile(128, 128, 64, 8, 4, 1, True),
+}
+OTHERS = {
+    ("half", 16): Tile(16, 128, 64, 4, 4, 2),
+    ("half", 32): Tile(32, 128, 64, 4, 4, 2),
+    ("half", 64): Tile(64, 128, 64, 4, 3, 2),
+    ("half", 128): Tile(128, 128, 32, 8, 4),
+    ("fp8", 16): Tile(16, 128, 128, 4, 4, 2),
+    ("fp8", 32): Tile(32, 128, 128, 4, 4, 2),
+    ("fp8", 64): Tile(64, 128, 128, 4, 3),
+    ("fp8", 128): Tile(128, 128, 128, 8, 3),
+    ("fp4", 16): Tile(16, 64, 64, 4, 3, 2),
+    ("fp4", 32): Tile(32, 64, 64, 4, 3, 2),
+    ("fp4", 64): Tile(64, 64, 64, 4, 3),
+    ("fp4", 128): Tile(128, 64, 64, 8, 3),
+}
+# fp32 is multiplied without tensor cores.
+WIDE = {height: Tile(min(height, 64), 64, 32, 4, 2) for height in HEIGHTS}
+
+_imposed: ContextVar[Tile | None] = ContextVar("_imposed", default=None)
+
+
+@contextmanager
+def imposed(tile: Tile) -> Iterator[None]:
+    """For measuring: products inside, in this thread, get `tile`."""
+    token = _imposed.set(tile)
+    try:
+        yield
+    finally:
+        _imposed.reset(token)
+
+
+def operands_of(spec: GemmSpec) -> str:
+    """What a tile is chosen by: the narrower operand."""
+    if spec.kind in FP4_BLOCK:
+        return "fp4"
+    return {1: "fp8", 2: "half", 4: "wide"}[spec.weight_dtype.itemsize]
+
+
+def height_for(rows_per_group: float) -> int:
+    return next((m for m in HEIGHTS if m >= rows_per_group), HEIGHTS[-1])
+
+
+@cache
+def tuned(arch: str) -> dict[tuple[str, bool, int], Tile]:
+    """What `bench.tune_gemm` measured and wrote: the tile of each (operands, gated, height); empty before."""
+    path = files("flashinfer.ops.gemm").joinpath("tuned", f"{arch}.json")
+    if not path.is_file():
+        return {}
+    entries = json.loads(path.read_text(encoding="utf-8"))["entries"]
+    return {(e["operands"], e["gated"], e["height"]): Tile(**e["tile"]) for e in entries}
+
+
+def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int) -> Launch:
+    """The launch for `num_rows` rows of all groups together."""
+    height = height_for(num_rows / num_groups)
+    tiles_m = num_groups * -(-num_rows // (num_groups * height))
+    group_block = min(max(1 << (num_groups - 1).bit_length(), GROUP_BLOCK[0]), GROUP_BLOCK[1])
+    room = num_rows // num_groups if spec.layout == "padded" and num_rows % num_groups == 0 else 0
+    few = 0 if tiles_m >= arch.num_sms else tiles_m
+    return _configured(
+        spec, arch, height, few, group_block, min(room, FP8_BLOCK) if room % FP8_BLOCK == 0 else 0, _imposed.get()
+    )
+
+
+@cache
+def _configured(
+    spec: GemmSpec, arch: Arch, height: int, few: int, group_block: int, room: int, tile: Tile | None
+) -> Launch:
+    """few: row tiles, where they are fewer than multiprocessors. room: rows that all groups have room for, or 0."""
+    tile = _fitted(tile or _tile(spec, arch, height), spec, arch, few)
+    maps = arch.has_tma
+    single = spec.layout == "one" or (room % tile.block_m == 0 and room > 0)
+    packed = 2 if spec.kind in FP4_BLOCK else 1
+    one_scale = spec.scale_cols % tile.block_n == 0 and (not spec.gated or spec.out_cols % tile.block_n == 0)
+    kernel = GemmConfig(
+        kind=spec.kind,
+        block_m=tile.block_m,
+        block_n=tile.block_n,
+        block_k=tile.block_k,
+        band=tile.band,
+        group_block=group_block,
+        single=single,
+        shared_room=single and spec.layout != "one",
+        swap=tile.swap,
+        row_map=spec.row_map and maps,
+        weight_map=spec.weight_map and maps,
+        out_map=spec.out_map and maps,
+        transposed=spec.transposed,
+        packed=packed,
+        scale_block=FP4_BLOCK.get(spec.kind, FP8_BLOCK),
+        scale_rows=spec.scale_rows,
+        scale_cols=spec.scale_cols,
+        one_scale=one_scale,
+        gated=spec.gated,
+        activation=PAIRED[spec.activation] if spec.gated else SINGLE[spec.activation],
+    )
+    stages = _stages(tile, spec, arch)
+    return Launch(kernel, tile.num_warps, stages, tile.per_sm)
+
+
+def _tile(spec: GemmSpec, arch: Arch, height: int) -> Tile:
+    operands = operands_of(spec)
+    if operands == "wide":
+        return WIDE[height]
+    measured = tuned(arch.name).get((operands, spec.gated, height))
+    return measured or (HOPPER if arch.has_wgmma else OTHERS)[operands, height]
+
+
+def _fitted(tile: Tile, spec: GemmSpec, arch: Arch, few: int) -> Tile:
+    """`tile` no wider than the result, narrower where that gives work to more multiprocessors, and to fit registers."""
+    block_n = min(tile.block_n, max(16, 1 << (spec.out_cols - 1).bit_length()))
+    if spec.gated and block_n * tile.block_m > 128 * 128 // (1 if arch.has_wgmma else 2):
+        block_n //= 2
+    while few and block_n > 64 and few * -(-spec.out_cols // block_n) * 2 <= arch.num_sms * tile.per_sm:
+        block_n //= 2
+    block_k = tile.block_k
+    if spec.kind != "fp8_block":
+        block_k = min(block_k, max(32, 1 << (max(spec.k, 1) - 1).bit_length()))
+    return tile._replace(block_n=block_n, block_k=block_k)
+
+
+def _stages(tile: Tile, spec: GemmSpec, arch: Arch) -> int:
+    """As many as shared memory has room for, besides the result on its way out."""
+    packed = 2 if spec.kind in FP4_BLOCK else 1
+    matrices = 2 if spec.gated else 1
+    rows = tile.block_m * tile.block_k * spec.row_dtype.itemsize
+    columns = matrices * tile.block_n * tile.block_k * spec.weight_dtype.itemsize // packed
+    budget = max(arch.smem_bytes, 49_152) // tile.per_sm - tile.block_m * tile.block_n * spec.out_dtype.itemsize - SLACK
+    if packed == 2:
+        budget -= 2 * tile.block_n * tile.block_k * matrices  # decoded, for an instruction that takes it from there
+    return max(2, min(tile.stages, budget // (rows + columns)))
