@@ -72,8 +72,8 @@ def quantise(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 codes of x `[rows, K]` and fp32 scales `[rows, ceil(K / 128)]`: largest |x| of a block / 448, 1 for 0."""
     limit = torch.finfo(E4M3).max
     rows, width = x.shape
-    padded = torch.nn.functional.pad(x.float(), (0, -width % BLOCK)).view(rows, -1, BLOCK)
+    padded = torch.nn.functional.pad(x.float(), (0, -width % BLOCK)).view(rows, -(-width // BLOCK), BLOCK)
     scale = padded.abs().amax(-1) / limit
     scale = torch.where(scale == 0, 1.0, scale)
     codes = (padded / scale[..., None]).clamp(-limit, limit).to(E4M3)
-    return codes.view(rows, -1)[:, :width], scale
+    return codes.flatten(1)[:, :width], scale

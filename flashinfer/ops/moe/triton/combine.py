@@ -39,7 +39,9 @@ def combine_kernel(out, stride_out, parts, ids, weights, first, cfg: tl.constexp
     offs = tl.program_id(1) * cfg.block + tl.arange(0, cfg.block)
     mask = offs < cfg.hidden_size
     total = tl.full([cfg.block], 0.0, tl.float32)
-    for j in tl.static_range(cfg.top_k):
+    TOP_K: tl.constexpr = cfg.top_k
+    SPLITS: tl.constexpr = cfg.splits
+    for j in tl.static_range(TOP_K):
         pair = token * cfg.top_k + j
         expert = tl.load(ids + pair) - first
         held = (expert >= 0) & (expert < cfg.num_experts)
@@ -49,7 +51,7 @@ def combine_kernel(out, stride_out, parts, ids, weights, first, cfg: tl.constexp
         exists = offs < tl.where(held, cfg.hidden_size, 0)
         begin = parts.y + row * cfg.hidden_size + offs
         y = tl.full([cfg.block], 0.0, tl.float32)
-        for s in tl.static_range(cfg.splits):
+        for s in tl.static_range(SPLITS):
             y += tl.load(begin + s * parts.split_stride, mask=exists, other=0.0).to(tl.float32)
         if parts.bias is not None:
             at = parts.bias + expert.to(tl.int64) * parts.bias_stride + offs

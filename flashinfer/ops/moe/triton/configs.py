@@ -42,8 +42,9 @@ def token_class(tokens: int) -> int:
     return int(triton.next_power_of_2(tokens))
 
 
-def block_m(tokens: int) -> int:
-    return min(max(token_class(tokens), 16), 64)
+def block_m(spec: MoESpec, tokens: int) -> int:
+    """Rows of a tile: all that an expert can have; of those that are quantised on the way registers hold fewer."""
+    return min(max(token_class(tokens), 16), 32 if spec.kind == "fp8_block" else 64)
 
 
 def slots_of(spec: MoESpec, tokens: int) -> int:
@@ -54,16 +55,14 @@ def slots_of(spec: MoESpec, tokens: int) -> int:
 def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
     """By rule: tiles of 16 KB, three or four on their way; enough programs that the memory never rests."""
     bits = {"plain": 8 * spec.weight_dtype.itemsize, "mxfp4": 4}.get(spec.kind, 8)
-    many_rows = block_m(tokens) > 32
-    if spec.kind == "fp8_block":
-        block_k = 128
-    else:
-        block_k = 256 if bits == 4 else 128 if bits <= 16 else 64
-    block_r = 64 if bits >= 16 else 128
+    many_rows = block_m(spec, tokens) > 32
+    block_k = 128 if bits <= 16 else 64
+    # Weights that are converted in registers want more threads.
+    block_r, num_warps = (64, 4) if bits >= 16 else (128, 8)
     stages = 3 if many_rows else 4
     depth = spec.hidden_size if first else spec.intermediate_size
     # Shared memory holds the tiles of both sides.
-    row_bytes = block_k * (spec.dtype.itemsize if first else spec.hidden_dtype.itemsize) * block_m(tokens)
+    row_bytes = block_k * (spec.dtype.itemsize if first else spec.hidden_dtype.itemsize) * block_m(spec, tokens)
     room = (arch.smem_bytes or 1 << 20) // 2 if arch.smem_bytes > 120_000 else arch.smem_bytes or 1 << 20
     while stages > 2 and stages * (block_r * block_k * bits // 8 + row_bytes) > room:
         stages -= 1
@@ -71,7 +70,7 @@ def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
     if not first:
         programs = slots_of(spec, token_class(tokens)) * triton.cdiv(spec.hidden_size, block_r)
         splits = min(triton.cdiv(WAVES * arch.num_sms, programs), depth // (4 * block_k), MAX_SPLITS)
-    return Tiles(block_r, block_k, stages, 4, arch.has_wgmma, max(1, splits))
+    return Tiles(block_r, block_k, stages, num_warps, arch.has_wgmma, max(1, splits))
 
 
 def candidates(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> list[Tiles]:
@@ -84,7 +83,7 @@ def candidates(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> list[Tile
             for left in (True, False):
                 for splits in {1, default.splits, 2 * default.splits} if not first else {1}:
                     stages = 3 if block_r * block_k > default.block_r * default.block_k else default.num_stages
-                    warps = 8 if block_r == 128 and block_m(tokens) == 64 else 4
+                    warps = 8 if block_r == 128 else 4
                     if left and block_r < 64:
                         continue
                     if splits <= MAX_SPLITS:
@@ -119,7 +118,7 @@ def few_config(spec: MoESpec, arch: Arch, tokens: int, tiles: Tiles, first: bool
         top_k=spec.top_k,
         gated=first and spec.gated,
         block_r=tiles.block_r,
-        block_m=block_m(tokens),
+        block_m=block_m(spec, tokens),
         block_k=tiles.block_k,
         splits=tiles.splits,
         scan=SCAN if scans else 0,

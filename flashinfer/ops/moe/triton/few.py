@@ -55,16 +55,16 @@ class FewConfig:
 
 
 class Input(NamedTuple):
-    """values: tokens, or activations of pairs, `stride` elements apart."""
+    """data: tokens, or activations of pairs, `stride` elements apart."""
 
-    values: torch.Tensor
+    data: torch.Tensor
     stride: int
 
 
 class Matrices(NamedTuple):
     """`Weights` with strides in elements."""
 
-    values: torch.Tensor
+    data: torch.Tensor
     stride_e: int
     stride_n: int
     stride_k: int
@@ -75,9 +75,9 @@ class Matrices(NamedTuple):
 
 
 class Output(NamedTuple):
-    """values: activations `[pairs, width]`, or fp32 `[splits, pairs, width]`; contiguous. scale: `hidden_scale`."""
+    """data: activations `[pairs, width]`, or fp32 `[splits, pairs, width]`; contiguous. scale: `hidden_scale`."""
 
-    values: torch.Tensor
+    data: torch.Tensor
     scale: torch.Tensor | None
     scale_stride: int
 
@@ -157,7 +157,7 @@ def sums(x, w, at, at_scale, mask_r, x_row, mask_m, k_begin, k_end, cfg: tl.cons
     """fp32 `[block_r, block_m]`: the weights' rows times the rows of `x`."""
     SHAPE: tl.constexpr = (cfg.block_r, cfg.block_m) if cfg.weights_left else (cfg.block_m, cfg.block_r)
     acc = tl.full(SHAPE, 0.0, tl.float32)
-    at_x = x.values + x_row * x.stride
+    at_x = x.data + x_row * x.stride
     for k in tl.range(k_begin, k_end, cfg.block_k, num_stages=cfg.num_stages):
         offs_k = k + tl.arange(0, cfg.block_k)
         mask = mask_m[:, None]
@@ -220,7 +220,7 @@ def few_kernel(out, x, w, pairs, finish, num_pairs, first, activation: tl.conste
         row = col
     mask_r = col < cfg.width
     matrix = expert.to(tl.int64)
-    at = w.values + matrix * w.stride_e + row.to(tl.int64) * w.stride_n
+    at = w.data + matrix * w.stride_e + row.to(tl.int64) * w.stride_n
     at_scale = at
     if w.scale is not None:
         at_scale = w.scale + matrix * w.scale_e + (row // cfg.scale_rows).to(tl.int64) * w.scale_n
@@ -248,9 +248,9 @@ def few_kernel(out, x, w, pairs, finish, num_pairs, first, activation: tl.conste
             if cfg.fp8_out:
                 if out.scale is not None:
                     value *= tl.load(out.scale + expert * out.scale_stride)
-                tl.store(out.values + to, to_fp8(value, 3, cfg.native_fp8), mask=mask)
+                tl.store(out.data + to, to_fp8(value, 3, cfg.native_fp8), mask=mask)
             else:
-                tl.store(out.values + to, value.to(out.values.dtype.element_ty), mask=mask)
+                tl.store(out.data + to, value.to(out.data.dtype.element_ty), mask=mask)
         else:
             part = tl.program_id(2).to(tl.int64) * num_pairs * cfg.width
-            tl.store(out.values + part + to, acc, mask=mask)
+            tl.store(out.data + part + to, acc, mask=mask)

@@ -139,7 +139,7 @@ def _launch_few(
     output = Output(_bytes(out), scale, int(scale is not None and scale.numel() > 1))
     side = Input(_bytes(x), x.stride(0))
     numbers = (side.stride, *matrices[1:4], *matrices[5:], finish.bias_stride, finish.matrix_stride)
-    tensors_of = (*output[:2], side.values, matrices.values, matrices.scale, *pairs, *_tensors(finish))
+    tensors_of = (*output[:2], side.data, matrices.data, matrices.scale, *pairs, *_tensors(finish))
     key = (token(spec, cfg, tiles, _keyed(*numbers, output.scale_stride)), _kinds(tensors_of), alignment(*tensors_of))
     columns = tiles.block_r // 2 if cfg.gated else tiles.block_r
     slots = slots_of(spec, num_tokens) if cfg.scan else spec.num_experts
