@@ -58,7 +58,7 @@ def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
     many_rows = block_m(spec, tokens) > 32
     block_k = 128 if bits <= 16 else 64
     # Weights that are converted in registers want more threads.
-    block_r, num_warps = (64, 4) if bits >= 16 else (128, 8)
+    block_r, num_warps = (64, 4) if bits >= 16 else (128 if arch.has_wgmma else 64, 8)
     stages = 3 if many_rows else 4
     depth = spec.hidden_size if first else spec.intermediate_size
     # Shared memory holds the tiles of both sides.
