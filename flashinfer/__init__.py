@@ -10,6 +10,15 @@ from flashinfer.decode import (
     single_decode_with_kv_cache,
 )
 from flashinfer.fused_moe import ActivationType, RoutingMethodType, cutlass_fused_moe
+from flashinfer.gemm import (
+    SegmentGEMMWrapper,
+    bmm_bf16,
+    bmm_fp8,
+    mm_bf16,
+    mm_bf16_fp4,
+    prepare_bf16_fp4_weights,
+)
+from flashinfer.grouped_mm import grouped_mm_bf16, grouped_mm_fp8
 from flashinfer.norm import (
     fused_add_rmsnorm,
     fused_add_rmsnorm_quant,
@@ -82,6 +91,7 @@ __all__ = [
     "BatchPrefillWithRaggedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
     "RoutingMethodType",
+    "SegmentGEMMWrapper",
     "TopKTieBreak",
     "append_paged_kv_cache",
     "append_paged_mla_kv_cache",
@@ -96,6 +106,8 @@ __all__ = [
     "apply_rope_with_cos_sin_cache",
     "apply_rope_with_cos_sin_cache_inplace",
     "autotune",
+    "bmm_bf16",
+    "bmm_fp8",
     "chain_speculative_sampling",
     "cutlass_fused_moe",
     "e2m1_and_ufp8sf_scale_to_float",
@@ -109,12 +121,16 @@ __all__ = [
     "gemma_rmsnorm",
     "get_batch_indices_positions",
     "get_seq_lens",
+    "grouped_mm_bf16",
+    "grouped_mm_fp8",
     "layernorm",
     "layernorm_quant",
     "merge_state",
     "merge_state_in_place",
     "merge_states",
     "min_p_sampling_from_probs",
+    "mm_bf16",
+    "mm_bf16_fp4",
     "mxfp4_dequantize",
     "mxfp4_dequantize_host",
     "nvfp4_block_scale_interleave",
@@ -123,6 +139,7 @@ __all__ = [
     "nvfp4_quantize_append_paged_kv_cache",
     "nvfp4_quantize_append_paged_kv_cache_with_slot_mapping",
     "packbits",
+    "prepare_bf16_fp4_weights",
     "rmsnorm",
     "rmsnorm_quant",
     "sampling_from_logits",

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from flashinfer.core import library
+from flashinfer.core import check, library
 from flashinfer.core.select import Choice, Impl
+from flashinfer.ops.gemm.dense import dense
 from flashinfer.ops.gemm.spec import (
     ACTIVATIONS,
     FP4_BLOCK,
@@ -36,12 +37,14 @@ def grouped_gemm(
     *,
     out: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    expected_rows: int = 0,
     backend: str = "auto",
 ) -> torch.Tensor:
     """The product of each group's rows with its weights, `[nnz, N]`, or `[nnz, N / 2]` with a gated activation.
 
     nnz: the rows of `out`, of `rows.indices`, or of `rows.values`; at least what groups own. Rows of `out` that
     no group owns stay as they are. out_dtype: of a new result; default: that of 16-bit values, bf16 for fp8.
+    expected_rows: of a group, about, where that is far from nnz over the number of groups.
     The group sizes stay on the device: it neither waits nor reads them. Checks nothing; callers do.
     """
     activation = epilogue.activation or Activation("identity")
@@ -60,16 +63,15 @@ def grouped_gemm(
         list(rows[1:]),
         [weights.indices, scale, global_scale],
         [epilogue.bias, epilogue.row_weights, *activation[1:]],
-        weights.kind,
-        "" if epilogue.activation is None else activation.kind,
-        backend,
+        [weights.kind, "" if epilogue.activation is None else activation.kind, backend],
+        expected_rows,
     )
     return out
 
 
 @library.register(
-    "grouped_gemm(Tensor(a!) out, Tensor[] sides, Tensor?[] rows, Tensor?[] weights, Tensor?[] epilogue, str kind, "
-    "str activation, str backend) -> ()"
+    "grouped_gemm(Tensor(a!) out, Tensor[] sides, Tensor?[] rows, Tensor?[] weights, Tensor?[] epilogue, str[] names, "
+    "int expected_rows) -> ()"
 )
 def multiply(
     out: torch.Tensor,
@@ -77,11 +79,14 @@ def multiply(
     rows: list[torch.Tensor | None],
     weights: list[torch.Tensor | None],
     epilogue: list[torch.Tensor | None],
-    kind: str,
-    activation: str,
-    backend: str,
+    names: list[str],
+    expected_rows: int,
 ) -> None:
-    """`grouped_gemm` of tensors: of Rows and Weights the values, then the other fields in their order."""
+    """`grouped_gemm` of tensors. sides: values of rows and weights; then what else they have; names: kind of weights,
+
+    activation ("" for none), backend.
+    """
+    kind, activation, backend = names
     indices, scale, global_scale = weights
     bias, row_weights, *parameters = epilogue
     tensors = Gemm(
@@ -89,10 +94,58 @@ def multiply(
         Rows(sides[0], *rows),
         Weights(sides[1], indices, scale, kind, global_scale),
         Epilogue(bias, Activation(activation, *parameters) if activation else None, row_weights),
+        expected_rows,
     )
     if out.numel() == 0 or tensors.num_groups == 0:
         return
+    if out.is_cpu:
+        check_values(tensors)
     CHOICE.call(tensors.spec, out.device, backend)(tensors)
+
+
+def check_values(tensors: Gemm) -> None:
+    """Check on the CPU that all groups lie inside of what there is; raises ValueError."""
+    rows, weights = tensors.rows, tensors.weights
+    num_rows = tensors.out.shape[0]
+    owned = num_rows
+    if rows.indptr is not None:
+        check.indptr("indptr", rows.indptr)
+        check.index_range("indptr", rows.indptr, 0, num_rows + 1)
+        owned = int(rows.indptr[-1])
+    elif rows.lengths is not None:
+        check.index_range("lengths", rows.lengths, 0, num_rows // tensors.num_groups + 1)
+    if rows.indices is not None and rows.lengths is None:
+        check.index_range("row indices", rows.indices[:owned], 0, rows.values.shape[0])
+    if weights.indices is not None:
+        check.index_range("weight indices", weights.indices, -(2**31), weights.values.shape[0])
+
+
+def batched_fp8(
+    out: torch.Tensor, a: torch.Tensor, b: torch.Tensor, a_scale: torch.Tensor, b_scale: torch.Tensor
+) -> None:
+    """`out [b, m, n] = a [b, m, k] @ b [b, k, n] * a_scale * b_scale`; scales fp32 `[1]`."""
+    batch, rows, n = out.shape
+    flat = out.stride(0) == out.stride(1) * rows or batch == 1
+    result = out if flat else torch.empty(out.shape, dtype=out.dtype, device=out.device)
+    weights = Weights(b.transpose(1, 2), kind="fp8_tensor", global_scale=b_scale)
+    grouped_gemm(Rows(a.flatten(0, 1), scale=a_scale), weights, out=result.view(batch * rows, n))
+    if not flat:
+        out.copy_(result)
+
+
+def indptr_of(lengths: torch.Tensor) -> torch.Tensor:
+    """int32 `[groups + 1]`: where groups of these lengths begin and end."""
+    indptr = torch.zeros(lengths.shape[0] + 1, dtype=torch.int32, device=lengths.device)
+    torch.cumsum(lengths, 0, dtype=torch.int32, out=indptr[1:])
+    return indptr
+
+
+def even_bounds(rows: torch.Tensor, size: int) -> torch.Tensor | None:
+    """Bounds of groups of `size` rows, of which the last may have fewer; None where it has not."""
+    if rows.shape[0] % size == 0:
+        return None
+    groups = -(-rows.shape[0] // size)
+    return (torch.arange(groups + 1, dtype=torch.int32, device=rows.device) * size).clamp_(max=rows.shape[0])
 
 
 __all__ = [
@@ -109,6 +162,11 @@ __all__ = [
     "GemmSpec",
     "Rows",
     "Weights",
+    "batched_fp8",
+    "check_values",
+    "dense",
+    "even_bounds",
     "grouped_gemm",
+    "indptr_of",
     "multiply",
 ]

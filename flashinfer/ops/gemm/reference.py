@@ -27,7 +27,7 @@ def run(tensors: Gemm) -> None:
 
 def multiply(tensors: Gemm, dtype: torch.dtype) -> None:
     """`run` in any dtype: float64 is what others are judged by."""
-    out, rows, weights, epilogue = tensors
+    out, rows, weights, epilogue, _ = tensors
     for group, begin, end in spans(tensors):
         index = group if weights.indices is None else int(weights.indices[group])
         if begin == end:

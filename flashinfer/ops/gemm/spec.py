@@ -87,10 +87,10 @@ class Epilogue(NamedTuple):
 class GemmSpec(NamedTuple):
     """One kind of product: what an implementation is chosen and configured by.
 
-    kind: of the weights. n, k: of a weight matrix. layout: "one" group, "ragged" (indptr) or "padded" (room for
-    equally many rows). transposed: the stride of 1 is that of N. scale_rows, scale_cols: rows of `values`, and of a
-    weight matrix, that share a scale; 0 without scales. row_map, weight_map, out_map: whether address and strides allow
-    a tensor map (TMA) of rows, weights, result. activation: "" for none.
+    kind: of the weights. n, k: of a weight matrix. layout: "one" group, "ragged" (indptr), "padded" (lengths), "equal"
+    (room for equally many rows, all there). transposed: the stride of 1 is that of N. scale_rows, scale_cols: rows of
+    `values`, and of a weight matrix, that share a scale; 0 without scales. row_map, weight_map, out_map: whether
+    address and strides allow a tensor map (TMA) of rows, weights, result. activation: "" for none.
     """
 
     kind: str
@@ -122,12 +122,17 @@ class GemmSpec(NamedTuple):
 
 
 class Gemm(NamedTuple):
-    """All tensors of a product, on one device. out: `[nnz, N]`, or `[nnz, N / 2]` where gated; innermost stride 1."""
+    """All tensors of a product, on one device.
+
+    out: `[nnz, N]`, or `[nnz, N / 2]` where gated; innermost stride 1. expected_rows: of a group, about, where that is
+    far from nnz over the number of groups; 0 if not known. Tiles are chosen by it.
+    """
 
     out: torch.Tensor
     rows: Rows
     weights: Weights
     epilogue: Epilogue
+    expected_rows: int = 0
 
     @property
     def num_groups(self) -> int:
@@ -140,7 +145,7 @@ class Gemm(NamedTuple):
 
     @property
     def spec(self) -> GemmSpec:
-        out, rows, weights, epilogue = self
+        out, rows, weights, epilogue, _ = self
         values, matrices = rows.values, weights.values
         n = matrices.shape[1]
         blocks = weights.kind == "fp8_block"
@@ -151,7 +156,7 @@ class Gemm(NamedTuple):
             out_dtype=out.dtype,
             n=n,
             k=values.shape[1],
-            layout="ragged" if rows.indptr is not None else "one" if self._single() else "padded",
+            layout=self._layout(),
             gathered=rows.indices is not None,
             indexed=weights.indices is not None,
             transposed=matrices.stride(2) != 1 and matrices.shape[2] > 1,
@@ -165,8 +170,12 @@ class Gemm(NamedTuple):
             row_weights=epilogue.row_weights is not None,
         )
 
-    def _single(self) -> bool:
-        return self.num_groups == 1 and self.rows.lengths is None
+    def _layout(self) -> str:
+        if self.rows.indptr is not None:
+            return "ragged"
+        if self.rows.lengths is not None:
+            return "padded"
+        return "one" if self.num_groups == 1 else "equal"
 
 
 def shared_by(count: int, scales: int) -> int:

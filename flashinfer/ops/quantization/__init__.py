@@ -84,6 +84,15 @@ def interleave_scales(scales: torch.Tensor) -> torch.Tensor:
     return tiles.permute(0, 1, 4, 3, 2, 5).reshape(-1)
 
 
+@torch.no_grad()
+def linear_scales(scales: torch.Tensor, num_rows: int, num_columns: int, layout: SfLayout) -> torch.Tensor:
+    """Block scales `[rows, columns]`, row by row, of scales in the order `layout`; dtype as given."""
+    row = torch.arange(num_rows, device=scales.device)[:, None]
+    column = torch.arange(num_columns, device=scales.device)
+    found = scales.contiguous().view(torch.uint8).reshape(-1)[scale_offset(row, column, num_columns, layout)]
+    return found.view(scales.dtype)
+
+
 @library.register("quantize_groups(Tensor(a!) out, Tensor(b!) scales, Tensor x, float eps, bool power_of_two) -> ()")
 def quantize_groups(out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, eps: float, power_of_two: bool) -> None:
     """`scales = max(largest |x|, eps) / limit` of a group, if asked rounded up to a power of two; `out = x / scales`.
@@ -172,6 +181,7 @@ __all__ = [
     "dequantize_fp4_pages",
     "dequantize_groups",
     "interleave_scales",
+    "linear_scales",
     "moved",
     "packbits",
     "packed_indptr",

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flashinfer.core.arch import Arch
 from flashinfer.device.finish import PAIRED, SINGLE
@@ -38,9 +38,13 @@ class Tile(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Launch:
-    """A kernel's configuration and how it is launched; hashed by identity, since `choose` makes each but once."""
+    """A kernel's configuration and how it is launched; hashed by identity, since `choose` makes each but once.
+
+    activation: a jitted function or None.
+    """
 
     kernel: GemmConfig
+    activation: Any
     num_warps: int
     num_stages: int
     per_sm: int
@@ -65,16 +69,16 @@ HOPPER = {
 OTHERS = {
     ("half", 16): Tile(16, 128, 64, 4, 4, 2),
     ("half", 32): Tile(32, 128, 64, 4, 4, 2),
-    ("half", 64): Tile(64, 128, 64, 4, 3, 2),
-    ("half", 128): Tile(128, 128, 32, 8, 4),
-    ("fp8", 16): Tile(16, 128, 128, 4, 4, 2),
-    ("fp8", 32): Tile(32, 128, 128, 4, 4, 2),
-    ("fp8", 64): Tile(64, 128, 128, 4, 3),
-    ("fp8", 128): Tile(128, 128, 128, 8, 3),
-    ("fp4", 16): Tile(16, 64, 64, 4, 3, 2),
-    ("fp4", 32): Tile(32, 64, 64, 4, 3, 2),
-    ("fp4", 64): Tile(64, 64, 64, 4, 3),
-    ("fp4", 128): Tile(128, 64, 64, 8, 3),
+    ("half", 64): Tile(64, 128, 64, 8, 3),
+    ("half", 128): Tile(128, 128, 32, 8, 3),
+    ("fp8", 16): Tile(16, 64, 128, 4, 4, 2),
+    ("fp8", 32): Tile(32, 64, 128, 4, 4, 2),
+    ("fp8", 64): Tile(64, 128, 128, 8, 3),
+    ("fp8", 128): Tile(128, 64, 128, 8, 3),
+    ("fp4", 16): Tile(16, 64, 64, 4, 3),
+    ("fp4", 32): Tile(32, 64, 64, 4, 3),
+    ("fp4", 64): Tile(64, 64, 64, 8, 3),
+    ("fp4", 128): Tile(128, 64, 32, 8, 3),
 }
 # fp32 is multiplied without tensor cores.
 WIDE = {height: Tile(min(height, 64), 64, 32, 4, 2) for height in HEIGHTS}
@@ -113,16 +117,16 @@ def tuned(arch: str) -> dict[tuple[str, bool, int], Tile]:
     return {(e["operands"], e["gated"], e["height"]): Tile(**e["tile"]) for e in entries}
 
 
-def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int) -> Launch:
-    """The launch for `num_rows` rows of all groups together."""
-    height = height_for(num_rows / num_groups)
-    tiles_m = num_groups * -(-num_rows // (num_groups * height))
+def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, expected_rows: int = 0) -> Launch:
+    """The launch for `num_rows` rows of all groups together; expected_rows: of one, 0 for their mean."""
+    rows = expected_rows or num_rows / num_groups
+    height = height_for(rows)
+    tiles_m = num_groups * -(-int(rows) // height)
     group_block = min(max(1 << (num_groups - 1).bit_length(), GROUP_BLOCK[0]), GROUP_BLOCK[1])
-    room = num_rows // num_groups if spec.layout == "padded" and num_rows % num_groups == 0 else 0
-    few = 0 if tiles_m >= arch.num_sms else tiles_m
-    return _configured(
-        spec, arch, height, few, group_block, min(room, FP8_BLOCK) if room % FP8_BLOCK == 0 else 0, _imposed.get()
-    )
+    # Rows that all groups have room for, as far as tiles are concerned.
+    room = FP8_BLOCK if spec.layout == "equal" and num_rows % (num_groups * FP8_BLOCK) == 0 else 0
+    few = 0 if tiles_m >= arch.num_sms else max(tiles_m, 1)
+    return _configured(spec, arch, height, few, group_block, room, _imposed.get())
 
 
 @cache
@@ -143,7 +147,7 @@ def _configured(
         band=tile.band,
         group_block=group_block,
         single=single,
-        shared_room=single and spec.layout != "one",
+        shared_room=spec.layout == "equal" and single,
         swap=tile.swap,
         row_map=spec.row_map and maps,
         weight_map=spec.weight_map and maps,
@@ -155,10 +159,9 @@ def _configured(
         scale_cols=spec.scale_cols,
         one_scale=one_scale,
         gated=spec.gated,
-        activation=PAIRED[spec.activation] if spec.gated else SINGLE[spec.activation],
     )
-    stages = _stages(tile, spec, arch)
-    return Launch(kernel, tile.num_warps, stages, tile.per_sm)
+    activation = PAIRED[spec.activation] if spec.gated else SINGLE[spec.activation]
+    return Launch(kernel, activation, tile.num_warps, _stages(tile, spec, arch), tile.per_sm)
 
 
 def _tile(spec: GemmSpec, arch: Arch, height: int) -> Tile:
@@ -172,14 +175,17 @@ def _tile(spec: GemmSpec, arch: Arch, height: int) -> Tile:
 def _fitted(tile: Tile, spec: GemmSpec, arch: Arch, few: int) -> Tile:
     """`tile` no wider than the result, narrower where that gives work to more multiprocessors, and to fit registers."""
     block_n = min(tile.block_n, max(16, 1 << (spec.out_cols - 1).bit_length()))
-    if spec.gated and block_n * tile.block_m > 128 * 128 // (1 if arch.has_wgmma else 2):
+    # Two accumulators; block scales take a third, and instructions without asynchronous operands theirs.
+    room = 128 * 128 * tile.num_warps // 8 // (2 if spec.kind == "fp8_block" or not arch.has_wgmma else 1)
+    block_m = min(tile.block_m, 64) if spec.gated and not arch.has_wgmma else tile.block_m
+    if spec.gated and block_n * block_m > room:
         block_n //= 2
     while few and block_n > 64 and few * -(-spec.out_cols // block_n) * 2 <= arch.num_sms * tile.per_sm:
         block_n //= 2
     block_k = tile.block_k
     if spec.kind != "fp8_block":
         block_k = min(block_k, max(32, 1 << (max(spec.k, 1) - 1).bit_length()))
-    return tile._replace(block_n=block_n, block_k=block_k)
+    return tile._replace(block_m=block_m, block_n=block_n, block_k=block_k)
 
 
 def _stages(tile: Tile, spec: GemmSpec, arch: Arch) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -21,8 +20,8 @@ class GemmConfig:
     at in one go. single: all rows are scheduled as one group; shared_room: which has equal shares of several matrices.
     swap: the weights are the left operand, so that few rows are the narrow side of an instruction. row_map, weight_map,
     out_map: read or written by tensor map. transposed: see `GemmSpec`. packed: columns of a byte, else 1.
-    scale_block: columns of a scale. scale_rows, scale_cols: see `GemmSpec`. one_scale: of a weight tile. gate_at: of
-    pairs, the column of the first gate, else 0. activation: a jitted function or None.
+    scale_block: columns of a scale. scale_rows, scale_cols: see `GemmSpec`. one_scale: of a weight tile.
+    gated: the activation takes pairs.
     """
 
     kind: str
@@ -44,7 +43,6 @@ class GemmConfig:
     scale_cols: int
     one_scale: bool
     gated: bool
-    activation: Any
 
 
 @triton.jit
@@ -73,12 +71,25 @@ def multiply_tile(acc, x, x_scale, w_desc, weights, w, col, k, num_cols, depth, 
 
 @triton.jit(do_not_specialize=["num_rows", "num_groups"])
 def grouped_gemm_kernel(
-    x_desc, w_desc, o_desc, rows, weights, groups, finish, out, num_rows, num_groups, num_cols, depth, cfg: tl.constexpr
+    x_desc,
+    w_desc,
+    o_desc,
+    rows,
+    weights,
+    groups,
+    finish,
+    out,
+    num_rows,
+    num_groups,
+    num_cols,
+    depth,
+    activation: tl.constexpr,
+    cfg: tl.constexpr,
 ):
     """Grid: any number of programs. rows: RowSide; weights: WeightSide; groups: Groups; finish: Finish.
 
     x_desc `[T, K]`, w_desc `[W, N, K]` or `[W, K, N]`, o_desc `[nnz, columns]`: tensor maps, or None. out: (data, row
-    stride). num_cols: N.
+    stride). num_cols: N. activation: of pairs or of numbers, a jitted function or None.
     """
     ACC_M: tl.constexpr = cfg.block_n if cfg.swap else cfg.block_m
     ACC_N: tl.constexpr = cfg.block_m if cfg.swap else cfg.block_n
@@ -116,9 +127,9 @@ def grouped_gemm_kernel(
         y = add_bias(up * factor, finish, matrix, offs_n, out_cols)
         if cfg.gated:
             pair = add_bias(gate * factor, finish, matrix, out_cols + offs_n, num_cols)
-            y = cfg.activation(y, pair, finish, matrix)
-        elif cfg.activation is not None:
-            y = cfg.activation(y)
+            y = activation(y, pair, finish, matrix)
+        elif activation is not None:
+            y = activation(y)
         if finish[2] is not None:
             y *= tl.load(finish[2] + row + offs_m, mask=exists, other=0.0)[:, None]
         if weights[4] is not None:

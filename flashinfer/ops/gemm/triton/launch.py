@@ -25,9 +25,9 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
     """The call for one kind of product: one launch, no host sync."""
 
     def run(tensors: Gemm) -> None:
-        out, rows, weights, epilogue = tensors
+        out, rows, weights, epilogue, expected_rows = tensors
         num_rows, num_groups = out.shape[0], tensors.num_groups
-        launch = choose(spec, arch, num_rows, num_groups)
+        launch = choose(spec, arch, num_rows, num_groups, expected_rows)
         row_side, weight_side = row_side_of(spec, rows), weight_side_of(weights)
         groups, finish = Groups(rows.indptr, rows.lengths), finish_of(spec, rows, weights, epilogue)
         arguments = (
@@ -41,6 +41,7 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
             num_groups,
             spec.n,
             spec.k,
+            launch.activation,
             launch.kernel,
         )
         key = (
