@@ -85,6 +85,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--random-weights", action="store_true", help="a toy Llama over bytes instead of SmolLM2")
     for name in ("hidden_size", "intermediate_size", "num_layers", "num_qo_heads", "num_kv_heads", "head_dim"):
         group.add_argument("--" + name.replace("_", "-"), type=int, default=getattr(LlamaConfig(), name))
+    group.add_argument("--num-experts", type=int, default=0, help="a toy Mixtral with so many experts")
 
     args = parser.parse_args(argv)
     if args.dtype == "auto":
@@ -111,6 +112,7 @@ def load(args: argparse.Namespace) -> tuple[Source, Llama]:
             num_qo_heads=args.num_qo_heads,
             num_kv_heads=args.num_kv_heads,
             head_dim=args.head_dim,
+            num_experts=args.num_experts,
         )
         source = random_llama(shape, args.seed)
     else:

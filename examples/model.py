@@ -1,4 +1,4 @@
-"""A Llama forward pass: matrix multiplications by torch, everything between them by FlashInfer."""
+"""A Llama or Mixtral forward pass: dense matrix multiplications by torch, everything else by FlashInfer."""
 
 from __future__ import annotations
 
@@ -10,11 +10,15 @@ from attention import PagedAttention
 from torch.nn.functional import embedding, linear
 
 import flashinfer
+from flashinfer.fused_moe import RoutingMethodType, cutlass_fused_moe, route
 
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Shapes of a Llama model; the defaults are the small model of `--random-weights`."""
+    """Shapes of a Llama model; the defaults are the small model of `--random-weights`.
+
+    num_experts: 0 for Llama, else Mixtral's mixture of experts in each layer, `num_experts_per_tok` to a token.
+    """
 
     vocab_size: int = 258
     hidden_size: int = 256
@@ -25,6 +29,8 @@ class LlamaConfig:
     head_dim: int = 32
     rms_norm_eps: float = 1e-5
     rope_theta: float = 1e4
+    num_experts: int = 0
+    num_experts_per_tok: int = 2
 
     def __post_init__(self) -> None:
         if self.num_qo_heads % self.num_kv_heads:
@@ -32,7 +38,10 @@ class LlamaConfig:
 
 
 class Layer(NamedTuple):
-    """One layer's weights, `[out_features, in_features]`; q, k, v are one matrix, so are gate and up."""
+    """One layer's weights, `[out_features, in_features]`; q, k, v are one matrix, so are gate and up.
+
+    router: `[num_experts, hidden_size]`; then gate_up and down have a leading dimension of experts, up before gate.
+    """
 
     input_norm: torch.Tensor
     qkv: torch.Tensor
@@ -40,6 +49,7 @@ class Layer(NamedTuple):
     post_norm: torch.Tensor
     gate_up: torch.Tensor
     down: torch.Tensor
+    router: torch.Tensor | None = None
 
 
 class Llama:
@@ -60,13 +70,19 @@ class Llama:
         def stacked(block: str, *names: str) -> torch.Tensor:
             return torch.cat([weights[f"{prefix}{block}.{name}_proj.weight"] for name in names])
 
+        if f"{prefix}mlp.gate.weight" in weights:
+            gate, up = weights[prefix + "mlp.experts.gate_up_proj"].chunk(2, dim=1)
+            mlp = (torch.cat([up, gate], dim=1), weights[prefix + "mlp.experts.down_proj"])
+        else:
+            mlp = (stacked("mlp", "gate", "up"), weights[prefix + "mlp.down_proj.weight"])
         return Layer(
             input_norm=weights[prefix + "input_layernorm.weight"],
             qkv=stacked("self_attn", "q", "k", "v"),
             attn_out=weights[prefix + "self_attn.o_proj.weight"],
             post_norm=weights[prefix + "post_attention_layernorm.weight"],
-            gate_up=stacked("mlp", "gate", "up"),
-            down=weights[prefix + "mlp.down_proj.weight"],
+            gate_up=mlp[0],
+            down=mlp[1],
+            router=weights.get(prefix + "mlp.gate.weight"),
         )
 
     def forward(self, token_ids: torch.Tensor, attention: PagedAttention, rows: torch.Tensor) -> torch.Tensor:
@@ -82,9 +98,15 @@ class Llama:
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             x = self._attention(i, layer, x, attention)
             flashinfer.fused_add_rmsnorm(x, residual, layer.post_norm, eps)  # residual += x; x = norm(residual)
-            x = linear(flashinfer.silu_and_mul(linear(x, layer.gate_up)), layer.down)
+            x = self._mlp(layer, x)
             flashinfer.fused_add_rmsnorm(x, residual, next_norm, eps)
         return linear(x[rows], self.lm_head).float()
+
+    def _mlp(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
+        if layer.router is None:
+            return linear(flashinfer.silu_and_mul(linear(x, layer.gate_up)), layer.down)
+        weights, ids = route(linear(x, layer.router), self.config.num_experts_per_tok, RoutingMethodType.Renormalize)
+        return cutlass_fused_moe(x, ids, weights, layer.gate_up, layer.down, x.dtype, None)
 
     def _attention(self, index: int, layer: Layer, x: torch.Tensor, attention: PagedAttention) -> torch.Tensor:
         c = self.config

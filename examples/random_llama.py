@@ -1,4 +1,4 @@
-"""A Llama of random weights over bytes: real shapes where the real model is not at hand."""
+"""A Llama or Mixtral of random weights over bytes: real shapes where the real model is not at hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ BOS, EOS = 256, 257
 
 
 def random_llama(config: LlamaConfig, seed: int) -> Source:
-    """A Llama of random weights over bytes; its text means nothing, its shapes are those of a real model."""
+    """A model of random weights over bytes; its text means nothing, its shapes are those of a real model."""
     config = replace(config, vocab_size=EOS + 1)
     return Source(
         name="random weights",
@@ -23,7 +23,7 @@ def random_llama(config: LlamaConfig, seed: int) -> Source:
         eos_ids=frozenset([EOS]),
         encode=lambda text: [BOS, *text.encode()],
         decode=lambda ids: bytes(i for i in ids if i < BOS).decode("utf-8", "replace"),
-        reference=lambda: _transformers_llama(config, random_weights(config, seed)),
+        reference=lambda: _transformers_model(config, random_weights(config, seed)),
     )
 
 
@@ -45,13 +45,21 @@ def random_weights(config: LlamaConfig, seed: int) -> dict[str, torch.Tensor]:
             yield attn + "k_proj", kv_size, c.hidden_size
             yield attn + "v_proj", kv_size, c.hidden_size
             yield attn + "o_proj", c.hidden_size, q_size
-            yield mlp + "gate_proj", c.intermediate_size, c.hidden_size
-            yield mlp + "up_proj", c.intermediate_size, c.hidden_size
-            yield mlp + "down_proj", c.hidden_size, c.intermediate_size
+            if c.num_experts:
+                yield mlp + "gate", c.num_experts, c.hidden_size
+            else:
+                yield mlp + "gate_proj", c.intermediate_size, c.hidden_size
+                yield mlp + "up_proj", c.intermediate_size, c.hidden_size
+                yield mlp + "down_proj", c.hidden_size, c.intermediate_size
 
-    weights = {
-        name + ".weight": torch.randn(rows, cols, generator=generator) / cols**0.5 for name, rows, cols in matrices()
-    }
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    weights = {name + ".weight": normal(rows, cols) for name, rows, cols in matrices()}
+    for i in range(config.num_layers if config.num_experts else 0):
+        experts, size = f"model.layers.{i}.mlp.experts.", config.intermediate_size
+        weights[experts + "gate_up_proj"] = normal(config.num_experts, 2 * size, config.hidden_size)
+        weights[experts + "down_proj"] = normal(config.num_experts, config.hidden_size, size)
     weights["model.embed_tokens.weight"] = torch.randn(config.vocab_size, config.hidden_size, generator=generator)
     layer_norms = [
         f"model.layers.{i}.{name}"
@@ -63,10 +71,12 @@ def random_weights(config: LlamaConfig, seed: int) -> dict[str, torch.Tensor]:
     return weights
 
 
-def _transformers_llama(config: LlamaConfig, weights: dict[str, torch.Tensor]) -> Any:
+def _transformers_model(config: LlamaConfig, weights: dict[str, torch.Tensor]) -> Any:
     import transformers
 
-    hf_config = transformers.LlamaConfig(
+    name = "Mixtral" if config.num_experts else "Llama"
+    experts = {"num_local_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+    hf_config = getattr(transformers, f"{name}Config")(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
@@ -80,7 +90,8 @@ def _transformers_llama(config: LlamaConfig, weights: dict[str, torch.Tensor]) -
         attn_implementation="sdpa",
         bos_token_id=BOS,
         eos_token_id=EOS,
+        **(experts if config.num_experts else {}),
     )
-    model = transformers.LlamaForCausalLM(hf_config)
+    model = getattr(transformers, f"{name}ForCausalLM")(hf_config)
     model.load_state_dict(weights)
     return model.eval()

@@ -1,6 +1,7 @@
 """FlashInfer's public API on Triton kernels and torch: re-exports, nothing else."""
 
 from flashinfer.activation import gelu_and_mul, gelu_tanh_and_mul, silu_and_mul
+from flashinfer.autotuner import autotune
 from flashinfer.cascade import merge_state, merge_state_in_place, merge_states
 from flashinfer.decode import (
     BatchDecodeWithPagedKVCacheWrapper,
@@ -8,6 +9,7 @@ from flashinfer.decode import (
     fast_decode_plan,
     single_decode_with_kv_cache,
 )
+from flashinfer.fused_moe import ActivationType, RoutingMethodType, cutlass_fused_moe
 from flashinfer.gemm import (
     SegmentGEMMWrapper,
     bmm_bf16,
@@ -83,10 +85,12 @@ from flashinfer.topk import TopKTieBreak, top_k, top_k_page_table_transform, top
 __version__ = "0.1.0"
 
 __all__ = [
+    "ActivationType",
     "BatchDecodeWithPagedKVCacheWrapper",
     "BatchPrefillWithPagedKVCacheWrapper",
     "BatchPrefillWithRaggedKVCacheWrapper",
     "CUDAGraphBatchDecodeWithPagedKVCacheWrapper",
+    "RoutingMethodType",
     "SegmentGEMMWrapper",
     "TopKTieBreak",
     "append_paged_kv_cache",
@@ -101,9 +105,11 @@ __all__ = [
     "apply_rope_pos_ids_inplace",
     "apply_rope_with_cos_sin_cache",
     "apply_rope_with_cos_sin_cache_inplace",
+    "autotune",
     "bmm_bf16",
     "bmm_fp8",
     "chain_speculative_sampling",
+    "cutlass_fused_moe",
     "e2m1_and_ufp8sf_scale_to_float",
     "fast_decode_plan",
     "fused_add_rmsnorm",

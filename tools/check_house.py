@@ -19,6 +19,8 @@ MAX_HOST_LINES = 60
 MAX_KERNEL_LINES = 150
 MAX_PARAMETERS = 8
 MIN_LADDER = 3
+# Folders of the package; all others, and the modules beside them, are its facade.
+ROOMS = ("core", "device", "integrations", "ops", "testing")
 OP_MODULES = ("spec", "support", "plan", "reference", "triton", "variants")
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -64,10 +66,11 @@ class Source:
 
     @property
     def room(self) -> str:
-        """The first folder inside of flashinfer; "facade" for the modules beside it; "" outside of the package."""
+        """One of ROOMS; "facade" for what lies beside them in flashinfer; "" outside of the package."""
         if not self.in_package:
             return ""
-        return self.path.split("/")[1] if self.path.count("/") > 1 else "facade"
+        folder = self.path.split("/")[1]
+        return folder if folder in ROOMS else "facade"
 
     @property
     def op(self) -> str:

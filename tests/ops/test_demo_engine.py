@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,21 @@ class NaiveLlama:
         out = scores.masked_fill(future, -torch.inf).softmax(-1) @ v
         return out.transpose(0, 1).flatten(1) @ self.weights[prefix + "o_proj.weight"].T
 
+    def mlp(self, h: torch.Tensor, prefix: str) -> torch.Tensor:
+        """SwiGLU; of a mixture, every token by its two best experts, weighted by a softmax over the two."""
+        if prefix + "gate.weight" not in self.weights:
+            gate, up = (h @ self.weights[f"{prefix}{name}_proj.weight"].T for name in ("gate", "up"))
+            return (gate * torch.sigmoid(gate) * up) @ self.weights[prefix + "down_proj.weight"].T
+        rows = []
+        for row in h:
+            best = (self.weights[prefix + "gate.weight"] @ row).topk(2)
+            outs = []
+            for e in best.indices.tolist():
+                gate, up = (self.weights[prefix + "experts.gate_up_proj"][e] @ row).chunk(2)
+                outs.append(self.weights[prefix + "experts.down_proj"][e] @ (gate * torch.sigmoid(gate) * up))
+            rows.append(best.values.softmax(0) @ torch.stack(outs))
+        return torch.stack(rows)
+
     def logits(self, tokens: list[int]) -> torch.Tensor:
         """Logits `[vocab_size]` after `tokens`."""
         x = self.weights["model.embed_tokens.weight"][tokens]
@@ -68,9 +84,7 @@ class NaiveLlama:
             layer = f"model.layers.{i}."
             x = x + self.attend(self.norm(x, layer + "input_layernorm"), layer + "self_attn.")
             h = self.norm(x, layer + "post_attention_layernorm")
-            gate = h @ self.weights[layer + "mlp.gate_proj.weight"].T
-            up = h @ self.weights[layer + "mlp.up_proj.weight"].T
-            x = x + (gate * torch.sigmoid(gate) * up) @ self.weights[layer + "mlp.down_proj.weight"].T
+            x = x + self.mlp(h, layer + "mlp.")
         return self.norm(x[-1], "model.norm") @ self.weights["lm_head.weight"].T
 
     def greedy(self, prompt: list[int], num_tokens: int) -> list[int]:
@@ -89,10 +103,14 @@ def make_prompts(seed: int, lengths: list[int]) -> list[list[int]]:
 
 
 def make_engine(
-    weights: dict[str, torch.Tensor], limits: Limits, device: str = "cpu", sampling: Sampling | None = None
+    weights: dict[str, torch.Tensor],
+    limits: Limits,
+    device: str = "cpu",
+    sampling: Sampling | None = None,
+    config: LlamaConfig = CONFIG,
 ) -> Engine:
     torch.set_num_threads(1)
-    engine = Engine(Llama(CONFIG, {k: w.to(device) for k, w in weights.items()}), limits, sampling)
+    engine = Engine(Llama(config, {k: w.to(device) for k, w in weights.items()}), limits, sampling)
     engine.attention.cache.fill_(torch.nan)  # a read of a slot that nothing was written to shows
     return engine
 
@@ -136,6 +154,21 @@ def test_tokens_equal_full_recompute(device: str, seed: int, page_size: int, num
     assert engine.stats.generated_tokens == sum(num_new)
     assert engine.stats.prompt_tokens == sum(map(len, prompts))
     assert (engine.pool.num_used, engine.pool.promise(num_pages * page_size)) == (0, True)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_mixture_of_experts_says_what_torch_says(device: str) -> None:
+    """Mixtral-like: batches of decoding requests and chunks of prompts, so experts get few rows and many."""
+    config = replace(CONFIG, num_experts=6)
+    weights = random_weights(config, seed=7)
+    limits = Limits(max_batch=4, max_step_tokens=90, num_pages=64, page_size=8)
+    engine = make_engine(weights, limits, device, config=config)
+    prompts = make_prompts(7, [5, 80, 1, 12, 33])
+    requests = [engine.submit(prompt, 8) for prompt in prompts]
+    drain(engine)
+    naive = NaiveLlama(weights)
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert request.output == naive.greedy(prompt, 8), f"request {request.index}"
 
 
 def test_eos_ends_a_request_and_frees_its_pages() -> None:
@@ -246,6 +279,12 @@ def test_demo_check_finds_a_difference(capsys: pytest.CaptureFixture[str], monke
     monkeypatch.setattr(Engine, "_sample", lambda self, logits: logits.argmin(dim=-1))
     assert run_demo("--check") == 1
     assert "[0] DIFFERENT from new token 0" in capsys.readouterr().out
+
+
+def test_demo_check_of_a_mixture(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert run_demo("--num-experts=5", "--check") == 0
+    assert f"{len(demo.PROMPTS)} of {len(demo.PROMPTS)} equal" in capsys.readouterr().out
 
 
 def test_demo_names_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

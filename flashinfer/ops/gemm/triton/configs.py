@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import Any, NamedTuple
 
 from flashinfer.core.arch import Arch
-from flashinfer.ops.gemm.device.finish import PAIRED, SINGLE
+from flashinfer.device.finish import PAIRED, SINGLE
 from flashinfer.ops.gemm.spec import FP4_BLOCK, FP8_BLOCK, GemmSpec
 from flashinfer.ops.gemm.triton.kernel import GemmConfig
 

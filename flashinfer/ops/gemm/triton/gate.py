@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flashinfer.core.arch import SMEM_BYTES, Arch
-from flashinfer.ops.gemm.device.finish import Finish
+from flashinfer.device.finish import Finish
 from flashinfer.ops.gemm.spec import FP4_BLOCK, GemmSpec
 from flashinfer.ops.gemm.triton.configs import HEIGHTS, Launch, choose
 from flashinfer.ops.gemm.triton.kernel import grouped_gemm_kernel

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-from flashinfer.ops.gemm.device.finish import add_bias, factor_of
+from flashinfer.device.finish import add_bias, factor_of
 from flashinfer.ops.gemm.triton.operands import load_fp4, load_matrix, load_rows, matrix_scales, row_scales
 from flashinfer.ops.gemm.triton.schedule import count_tiles, find_tile
 

@@ -10,7 +10,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, alignment, integer_classes, token
-from flashinfer.ops.gemm.device.finish import Finish
+from flashinfer.device.finish import Finish
 from flashinfer.ops.gemm.spec import FP4_BLOCK, Activation, Epilogue, Gemm, GemmSpec, Rows, Weights
 from flashinfer.ops.gemm.triton.configs import Launch, choose
 from flashinfer.ops.gemm.triton.kernel import GemmConfig, grouped_gemm_kernel

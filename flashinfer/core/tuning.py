@@ -1,0 +1,151 @@
+"""Measured configurations: kept in memory, loaded from and saved to a file; measured only inside of `tuning()`.
+
+Nothing is measured while serving: a kernel asks `tuned(key, arch)`, and only `measuring()` tells it to try others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+
+from flashinfer.core.arch import Arch
+
+SCHEMA = 1
+WARMUP, REPEATS = 3, 10
+
+Numbers = tuple[int, ...]
+Config = TypeVar("Config", bound=tuple[int, ...])
+_entries: dict[str, Numbers] = {}
+# Changes whenever an entry does: who keeps a choice compares it.
+_generation = 0
+
+
+class _State(threading.local):
+    """depth: of `tuning()` blocks around this thread. skipped: operations that are not measured in them."""
+
+    depth: int = 0
+    skipped: frozenset[str] = frozenset()
+    timing: bool = False
+
+
+_state = _State()
+
+
+def _name(key: str, arch: Arch) -> str:
+    return f"{arch.name}/{key}"
+
+
+def tuned(key: str, arch: Arch) -> Numbers | None:
+    """The configuration measured for `key` on GPUs of this kind, None if there is none."""
+    return _entries.get(_name(key, arch))
+
+
+def record(key: str, arch: Arch, config: Sequence[int]) -> None:
+    """Keep `config` for `key`."""
+    global _generation
+    _entries[_name(key, arch)] = tuple(int(n) for n in config)
+    _generation += 1
+
+
+def generation() -> int:
+    """A number that changes whenever a configuration does."""
+    return _generation
+
+
+def forget() -> None:
+    """Forget all configurations."""
+    global _generation
+    _entries.clear()
+    _generation += 1
+
+
+def load(path: str | Path) -> int:
+    """Take the configurations of a file; returns how many. Raises ValueError for a file of another kind."""
+    global _generation
+    content = json.loads(Path(path).read_text())
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA or "configs" not in content:
+        raise ValueError(f"{path}: got another file, expected one written by autotune(cache=...). Delete or rename it.")
+    _entries.update({key: tuple(numbers) for key, numbers in content["configs"].items()})
+    _generation += 1
+    return len(content["configs"])
+
+
+def save(path: str | Path) -> None:
+    """Write all configurations to a file, in one step."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    new = target.with_name(target.name + ".new")
+    content = {"schema": SCHEMA, "configs": {key: list(_entries[key]) for key in sorted(_entries)}}
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(target)
+
+
+@contextlib.contextmanager
+def tuning(skipped: frozenset[str] = frozenset()) -> Iterator[None]:
+    """Within, operations measure what they have no configuration for; skipped: names of those that do not."""
+    before = _state.depth, _state.skipped
+    _state.depth, _state.skipped = _state.depth + 1, _state.skipped | skipped
+    try:
+        yield
+    finally:
+        _state.depth, _state.skipped = before
+
+
+def measuring(op: str, device: torch.device) -> bool:
+    """Whether to measure now: inside of `tuning()`, on a GPU, and not while a graph is captured."""
+    if not _state.depth or op in _state.skipped or device.type != "cuda":
+        return False
+    return not torch.cuda.is_current_stream_capturing()
+
+
+def in_measurement() -> bool:
+    """Whether this thread is timing a configuration."""
+    return _state.timing
+
+
+def fastest(candidates: Sequence[Config], run: Callable[[Config], object]) -> tuple[Config, float]:
+    """The candidate with the least median time on the GPU, and that time in ms; one that does not run is left out.
+
+    Raises RuntimeError if none runs.
+    """
+    best: tuple[Config, float] | None = None
+    failures = []
+    _state.timing = True
+    try:
+        for candidate in candidates:
+            try:
+                ms = time_ms(lambda candidate=candidate: run(candidate))  # type: ignore[misc]
+            except Exception as error:  # out of shared memory, for instance: another candidate will do
+                failures.append(f"{candidate}: {error}")
+                continue
+            if best is None or ms < best[1]:
+                best = candidate, ms
+    finally:
+        _state.timing = False
+    if best is None:
+        raise RuntimeError(f"no configuration ran: {'; '.join(failures)}")
+    return best
+
+
+def time_ms(run: Callable[[], object]) -> float:
+    """Median time of `run` on the current stream, its data not in the L2 cache."""
+    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    for _ in range(WARMUP):
+        run()
+    marks = []
+    for _ in range(REPEATS):
+        flush.zero_()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        marks.append((begin, end))
+    torch.cuda.synchronize()
+    times = sorted(begin.elapsed_time(end) for begin, end in marks)
+    return times[len(times) // 2]

@@ -1,1 +1,0 @@
-"""Triton functions that the kernels of all implementations share."""

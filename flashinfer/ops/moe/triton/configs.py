@@ -1,0 +1,143 @@
+"""How a mixture of experts is cut into programs: by measurement where there is one, else by rule."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+
+from flashinfer.core.arch import Arch
+from flashinfer.core.tuning import tuned
+from flashinfer.ops.moe.spec import MoESpec
+from flashinfer.ops.moe.triton.few import FewConfig
+from flashinfer.ops.moe.triton.sort import SortConfig
+
+# Up to so many tokens the time is that of reading weights, and `few_kernel` runs.
+FEW_TOKENS = 64
+# Up to so many pairs each program finds its own among them, which saves a launch.
+SCAN = 64
+# Programs an SM that keep the memory busy to the end.
+WAVES = 4
+MAX_SPLITS = 8
+# Pairs of a program that sorts, beyond which there are several.
+SORT_BLOCK = 512
+MAX_SORT_BLOCKS = 256
+SORT_TILE = 8192
+WARPS_SORT = 8
+
+
+class Tiles(NamedTuple):
+    """One cut of `few_kernel`; of `FewConfig`, and the launch's options."""
+
+    block_r: int
+    block_k: int
+    num_stages: int
+    num_warps: int
+    weights_left: bool
+    splits: int
+
+
+def token_class(tokens: int) -> int:
+    """Numbers of tokens that are cut alike: up to the next power of two."""
+    return int(triton.next_power_of_2(tokens))
+
+
+def block_m(spec: MoESpec, tokens: int) -> int:
+    """Rows of a tile: all that an expert can have; of those that are quantised on the way registers hold fewer."""
+    return min(max(token_class(tokens), 16), 32 if spec.kind == "fp8_block" else 64)
+
+
+def slots_of(spec: MoESpec, tokens: int) -> int:
+    """Experts that `tokens` tokens can go to."""
+    return min(tokens * spec.top_k, spec.num_experts)
+
+
+def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
+    """By rule: tiles of 16 KB, three or four on their way; enough programs that the memory never rests."""
+    bits = {"plain": 8 * spec.weight_dtype.itemsize, "mxfp4": 4}.get(spec.kind, 8)
+    many_rows = block_m(spec, tokens) > 32
+    block_k = 128 if bits <= 16 else 64
+    # Weights that are converted in registers want more threads.
+    block_r, num_warps = (64, 4) if bits >= 16 else (128 if arch.has_wgmma else 64, 8)
+    stages = 3 if many_rows else 4
+    depth = spec.hidden_size if first else spec.intermediate_size
+    # Shared memory holds the tiles of both sides.
+    row_bytes = block_k * (spec.dtype.itemsize if first else spec.hidden_dtype.itemsize) * block_m(spec, tokens)
+    room = (arch.smem_bytes or 1 << 20) // 2 if arch.smem_bytes > 120_000 else arch.smem_bytes or 1 << 20
+    while stages > 2 and stages * (block_r * block_k * bits // 8 + row_bytes) > room:
+        stages -= 1
+    splits = 1
+    if not first:
+        programs = slots_of(spec, token_class(tokens)) * triton.cdiv(spec.hidden_size, block_r)
+        splits = min(triton.cdiv(WAVES * arch.num_sms, programs), depth // (4 * block_k), MAX_SPLITS)
+    return Tiles(block_r, block_k, stages, num_warps, arch.has_wgmma, max(1, splits))
+
+
+def candidates(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> list[Tiles]:
+    """What is worth measuring, the default first."""
+    default = default_tiles(spec, arch, tokens, first)
+    found = [default]
+    depths = (128,) if spec.kind == "fp8_block" else (default.block_k // 2, default.block_k, 2 * default.block_k)
+    for block_r in (32, 64, 128):
+        for block_k in depths:
+            for left in (True, False):
+                for splits in {1, default.splits, 2 * default.splits} if not first else {1}:
+                    stages = 3 if block_r * block_k > default.block_r * default.block_k else default.num_stages
+                    warps = 8 if block_r == 128 else 4
+                    if left and block_r < 64:
+                        continue
+                    if splits <= MAX_SPLITS:
+                        found.append(Tiles(block_r, block_k, stages, warps, left, splits))
+    return list(dict.fromkeys(found))
+
+
+def tuning_key(spec: MoESpec, tokens: int, first: bool) -> str:
+    """What measured tiles are filed under."""
+    sizes = f"{spec.num_experts}x{spec.hidden_size}x{spec.intermediate_size}_k{spec.top_k}"
+    kind = f"{spec.kind}_{str(spec.dtype).removeprefix('torch.')}{'_gated' if spec.gated else ''}"
+    return f"moe_few_{1 if first else 2}/{kind}/{sizes}/t{token_class(tokens)}"
+
+
+def tiles_of(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
+    """The measured ones, or the default."""
+    found = tuned(tuning_key(spec, tokens, first), arch)
+    return default_tiles(spec, arch, tokens, first) if found is None else Tiles(*found)
+
+
+def few_config(spec: MoESpec, arch: Arch, tokens: int, tiles: Tiles, first: bool) -> FewConfig:
+    """The compiled form of one product."""
+    scans = tokens * spec.top_k <= SCAN
+    return FewConfig(
+        first=first,
+        fp4=spec.kind == "mxfp4",
+        fp8=spec.kind in ("fp8_tensor", "fp8_block"),
+        blocks=spec.kind == "fp8_block",
+        width=spec.intermediate_size if first else spec.hidden_size,
+        depth=spec.hidden_size if first else spec.intermediate_size,
+        num_experts=spec.num_experts,
+        top_k=spec.top_k,
+        gated=first and spec.gated,
+        block_r=tiles.block_r,
+        block_m=block_m(spec, tokens),
+        block_k=tiles.block_k,
+        splits=tiles.splits,
+        scan=SCAN if scans else 0,
+        by_expert=not scans or tokens * spec.top_k >= spec.num_experts,
+        weights_left=tiles.weights_left,
+        scale_rows=spec.scale_rows[0 if first else 1],
+        fp8_out=first and spec.kind == "fp8_tensor",
+        native_fp8=arch.converts_to_fp8,
+        num_stages=tiles.num_stages,
+    )
+
+
+def sort_config(spec: MoESpec) -> SortConfig:
+    experts = max(16, int(triton.next_power_of_2(spec.num_experts)))
+    chunk = max(16, min(256, SORT_TILE // experts))
+    return SortConfig(spec.num_experts, spec.top_k, experts, chunk, max(1, min(64, SORT_TILE // experts)))
+
+
+def sort_blocks(num_pairs: int) -> tuple[int, int]:
+    """(blocks, pairs of each)."""
+    per_block = max(SORT_BLOCK, triton.cdiv(num_pairs, MAX_SORT_BLOCKS))
+    return triton.cdiv(num_pairs, per_block), per_block

@@ -1,0 +1,259 @@
+"""Launches of a mixture of experts: two products between a sort and a sum; no host sync, no value read on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+
+import torch
+import triton
+
+from flashinfer.core import tuning
+from flashinfer.core.arch import Arch
+from flashinfer.core.launch import Prebound, alignment, integer_classes, token
+from flashinfer.device.finish import PAIRED, SINGLE, Finish
+from flashinfer.ops.gemm import Epilogue, Rows, Weights, grouped_gemm
+from flashinfer.ops.moe.spec import BLOCK, Experts, MoE, MoESpec
+from flashinfer.ops.moe.triton.combine import CombineConfig, Parts, combine_kernel
+from flashinfer.ops.moe.triton.configs import (
+    FEW_TOKENS,
+    SCAN,
+    WARPS_SORT,
+    Tiles,
+    candidates,
+    few_config,
+    slots_of,
+    sort_blocks,
+    sort_config,
+    tiles_of,
+    tuning_key,
+)
+from flashinfer.ops.moe.triton.few import Input, Matrices, Output, Pairs, few_kernel
+from flashinfer.ops.moe.triton.prepare import Gathered, RowsConfig, cast_kernel, rows_kernel
+from flashinfer.ops.moe.triton.sort import Sorted, count_kernel, place_kernel
+
+ROWS_A_PROGRAM = 16
+COMBINE_BLOCK = 1024
+E4M3 = torch.float8_e4m3fn
+OP = "moe"
+
+_count = Prebound(count_kernel)
+_place = Prebound(place_kernel)
+_few = Prebound(few_kernel)
+_combine = Prebound(combine_kernel)
+_rows = Prebound(rows_kernel)
+_cast = Prebound(cast_kernel)
+
+
+def bind(spec: MoESpec, arch: Arch) -> Callable[[MoE], None]:
+    """The call for one kind."""
+
+    def run(tensors: MoE) -> None:
+        tokens = tensors.x.shape[0]
+        (_run_few if tokens <= FEW_TOKENS else _run_many)(spec, arch, tensors)
+
+    return run
+
+
+def _keyed(*integers: int) -> Hashable:
+    return integer_classes(integers)
+
+
+def _bytes(x: torch.Tensor) -> torch.Tensor:
+    """fp8 as bytes, other tensors as they are."""
+    return x.view(torch.uint8) if x.dtype == E4M3 else x
+
+
+# ---- sorting
+
+
+def sort_pairs(spec: MoESpec, tensors: MoE, order: bool, tokens: bool, rows: bool) -> Sorted:
+    """Pairs sorted by expert; order, tokens, rows: which of these are wanted."""
+    ids = tensors.routes.ids
+    cfg, num_pairs = sort_config(spec), ids.numel()
+    blocks, per_block = sort_blocks(num_pairs)
+
+    def made(size: int, wanted: bool = True) -> torch.Tensor | None:
+        return torch.empty(size, dtype=torch.int32, device=ids.device) if wanted else None
+
+    counts = made(blocks * cfg.num_experts, blocks > 1)
+    out = Sorted(made(spec.num_experts + 1), *(made(num_pairs, wanted) for wanted in (order, tokens, rows)))  # type: ignore[arg-type]
+    key = token(cfg, ids.dtype, order, tokens, rows, blocks > 1), alignment(ids)
+    first, options = tensors.routes.first_expert, {"num_warps": WARPS_SORT}
+    if counts is not None:
+        _count((blocks, 1, 1), key, (counts, ids, num_pairs, per_block, first, cfg), ids.device, **options)
+    arguments = (out, counts, ids, num_pairs, per_block, blocks, first, cfg)
+    _place((blocks, 1, 1), key, arguments, ids.device, **options)
+    return out
+
+
+# ---- few tokens
+
+
+def _run_few(spec: MoESpec, arch: Arch, tensors: MoE) -> None:
+    """Two launches for the products, one for the sum; one more to sort where there are many pairs."""
+    x, routes, experts = tensors.x, tensors.routes, tensors.experts
+    num_pairs = routes.ids.numel()
+    pairs = Pairs(routes.ids, None, None)
+    if num_pairs > SCAN:
+        by_expert = sort_pairs(spec, tensors, order=True, tokens=False, rows=False)
+        pairs = Pairs(routes.ids, by_expert.indptr, by_expert.order)
+    hidden = torch.empty(num_pairs, spec.intermediate_size, dtype=spec.hidden_dtype, device=x.device)
+    _few_product(spec, arch, tensors, pairs, x, hidden)
+    parts = _few_product(spec, arch, tensors, pairs, hidden, None)
+    combine(spec, tensors, parts, None)
+
+
+def _few_product(
+    spec: MoESpec, arch: Arch, tensors: MoE, pairs: Pairs, x: torch.Tensor, hidden: torch.Tensor | None
+) -> torch.Tensor:
+    """The first product into `hidden`, or, without it, the second into parts `[splits, pairs, hidden_size]`."""
+    num_tokens, num_pairs = tensors.x.shape[0], pairs.ids.numel()
+
+    def run(tiles: Tiles) -> torch.Tensor:
+        out = hidden
+        if out is None:
+            shape = (tiles.splits, num_pairs, spec.hidden_size)
+            out = torch.empty(shape, dtype=torch.float32, device=x.device)
+        _launch_few(spec, arch, tensors, pairs, (x, out), tiles)
+        return out
+
+    first = hidden is not None
+    key = tuning_key(spec, num_tokens, first)
+    if tuning.measuring(OP, x.device) and tuning.tuned(key, arch) is None:
+        tuning.record(key, arch, tuning.fastest(candidates(spec, arch, num_tokens, first), run)[0])
+    return run(tiles_of(spec, arch, num_tokens, first))
+
+
+def _launch_few(
+    spec: MoESpec, arch: Arch, tensors: MoE, pairs: Pairs, sides: tuple[torch.Tensor, torch.Tensor], tiles: Tiles
+) -> None:
+    """One product, from the first of `sides` to the second, the first one where that has no splits."""
+    (x, out), experts, num_tokens = sides, tensors.experts, tensors.x.shape[0]
+    first = out.dim() == 2
+    weights = experts.fc1 if first else experts.fc2
+    cfg = few_config(spec, arch, num_tokens, tiles, first)
+    activation = (PAIRED if spec.gated else SINGLE)[spec.activation] if first else None
+    scale = experts.hidden_scale if first else None
+    matrices, finish = _matrices(weights), _finish(experts, first)
+    output = Output(_bytes(out), scale, int(scale is not None and scale.numel() > 1))
+    side = Input(_bytes(x), x.stride(0))
+    numbers = (side.stride, *matrices[1:4], *matrices[5:], finish.bias_stride, finish.matrix_stride)
+    tensors_of = (*output[:2], side.data, matrices.data, matrices.scale, *pairs, *_tensors(finish))
+    key = (token(spec, cfg, tiles, _keyed(*numbers, output.scale_stride)), _kinds(tensors_of), alignment(*tensors_of))
+    columns = tiles.block_r // 2 if cfg.gated else tiles.block_r
+    slots = slots_of(spec, num_tokens) if cfg.scan else spec.num_experts
+    grid = (triton.cdiv(cfg.width, columns), slots, tiles.splits)
+    arguments = (output, side, matrices, pairs, finish, pairs.ids.numel(), tensors.routes.first_expert, activation, cfg)
+    _few(grid, key, arguments, x.device, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+
+
+def _matrices(weights: Weights) -> Matrices:
+    scale = None if weights.scale is None else weights.scale.view(_scale_dtype(weights))
+    scale_strides = (0, 0, 0) if scale is None else scale.stride()
+    return Matrices(_bytes(weights.values), *weights.values.stride(), scale, *scale_strides)
+
+
+def _scale_dtype(weights: Weights) -> torch.dtype:
+    return torch.uint8 if weights.kind == "mxfp4" else torch.float32
+
+
+def _finish(experts: Experts, first: bool) -> Finish:
+    """What is done to the sums of a product; the second one's bias is added in the sum over experts."""
+    weights, bias = (experts.fc1, experts.bias1) if first else (experts.fc2, None)
+    parameters = experts.activation[1:] if first else (None, None, None)
+    factor = weights.global_scale
+    bias_stride = 0 if bias is None else bias.stride(0)
+    return Finish(bias, bias_stride, None, *parameters, None, factor, int(factor is not None and factor.numel() > 1))
+
+
+def _tensors(finish: Finish) -> tuple[torch.Tensor | None, ...]:
+    return tuple(x for x in finish if not isinstance(x, int))
+
+
+@lru_cache(maxsize=4096)
+def _dtypes(*dtypes: torch.dtype | None) -> object:
+    return token(*dtypes)
+
+
+def _kinds(tensors: tuple[torch.Tensor | None, ...]) -> object:
+    return _dtypes(*(None if x is None else x.dtype for x in tensors))
+
+
+# ---- the sum over a token's experts
+
+
+def combine(spec: MoESpec, tensors: MoE, y: torch.Tensor, rows: torch.Tensor | None) -> None:
+    """Write `out`. y: `[splits, pairs, hidden_size]`; rows: the row of each pair, None: rows are pairs."""
+    out, routes, bias = tensors.out, tensors.routes, tensors.experts.bias2
+    block = min(COMBINE_BLOCK, max(128, int(triton.next_power_of_2(spec.hidden_size))))
+    if rows is not None:
+        bias = None  # the product has added it
+    cfg = CombineConfig(spec.hidden_size, spec.num_experts, spec.top_k, y.shape[0], block)
+    parts = Parts(y, y.stride(0), rows, bias, 0 if bias is None else bias.stride(0))
+    used = (out, y, rows, bias, routes.ids, routes.weights)
+    # The stride between parts is that of all pairs: any number.
+    key = (token(cfg, _keyed(parts.split_stride, parts.bias_stride)), _kinds(used), alignment(*used))
+    grid = (out.shape[0], triton.cdiv(spec.hidden_size, block), 1)
+    arguments = (out, out.stride(0), parts, routes.ids, routes.weights, routes.first_expert, cfg)
+    _combine(grid, key, arguments, out.device, num_warps=4)
+
+
+# ---- many tokens
+
+
+def _run_many(spec: MoESpec, arch: Arch, tensors: MoE) -> None:
+    """Sort, two grouped products, sum; rows are quantised, or gathered, between them where their kind asks for it."""
+    x, routes, experts = tensors.x, tensors.routes, tensors.experts
+    cast = spec.kind == "fp8_tensor"
+    places = sort_pairs(spec, tensors, order=cast, tokens=True, rows=True)
+    device, num_pairs = x.device, routes.ids.numel()
+    if spec.kind == "fp8_block":
+        codes, scale = _quantised(arch, x, places, num_pairs)
+        rows = Rows(codes, places.indptr, scale=scale)
+    else:
+        rows = Rows(x, places.indptr, places.tokens)
+    hidden = torch.empty(
+        num_pairs, spec.intermediate_size, dtype=torch.float32 if cast else spec.hidden_dtype, device=device
+    )
+    grouped_gemm(rows, experts.fc1, Epilogue(experts.bias1, experts.activation), out=hidden)
+    scale = None
+    if cast:
+        hidden = _cast_hidden(arch, tensors, hidden, places)
+    elif spec.kind == "fp8_block":
+        hidden, scale = _quantised(arch, hidden, None, num_pairs)
+    y = torch.empty(num_pairs, spec.hidden_size, dtype=spec.out_dtype, device=device)
+    grouped_gemm(Rows(hidden, places.indptr, scale=scale), experts.fc2, Epilogue(experts.bias2), out=y)
+    combine(spec, tensors, y[None], places.rows)
+
+
+def _quantised(
+    arch: Arch, x: torch.Tensor, places: Sorted | None, num_rows: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """e4m3 and scales of the rows of `x`, in the order of experts where places are given."""
+    width = x.shape[1]
+    codes = torch.empty(num_rows, width, dtype=E4M3, device=x.device)
+    blocks = triton.cdiv(width, BLOCK)
+    scales = torch.empty(num_rows, blocks, dtype=torch.float32, device=x.device)
+    gathered = Gathered(None, None) if places is None else Gathered(places.tokens, places.indptr[-1:])
+    cfg = RowsConfig(ROWS_A_PROGRAM, quantise=True, native_fp8=arch.converts_to_fp8)
+    key = (token(cfg, x.dtype, places is None), alignment(x, *gathered))
+    arguments = (_bytes(codes), scales, x, gathered, num_rows, width, x.stride(0), cfg)
+    _rows((triton.cdiv(num_rows, ROWS_A_PROGRAM), blocks, 1), key, arguments, x.device, num_warps=4)
+    return codes, scales
+
+
+def _cast_hidden(arch: Arch, tensors: MoE, hidden: torch.Tensor, places: Sorted) -> torch.Tensor:
+    """fp32 activations times `hidden_scale`, in e4m3."""
+    num_rows, width = hidden.shape
+    ids, scale = tensors.routes.ids, tensors.experts.hidden_scale
+    assert scale is not None
+    out = torch.empty(num_rows, width, dtype=E4M3, device=hidden.device)
+    cfg = RowsConfig(ROWS_A_PROGRAM, quantise=False, native_fp8=arch.converts_to_fp8)
+    count = places.indptr[-1:]
+    key = (token(cfg, ids.dtype), alignment(ids, scale, count))
+    stride = int(scale.numel() > 1)
+    arguments = (_bytes(out), hidden, scale, ids, places.order, count, width, tensors.routes.first_expert, stride, cfg)
+    grid = (triton.cdiv(num_rows, ROWS_A_PROGRAM), triton.cdiv(width, BLOCK), 1)
+    _cast(grid, key, arguments, hidden.device, num_warps=4)
+    return out

@@ -1,0 +1,103 @@
+"""Pairs of a token and an expert, sorted by expert: a counting sort, stable, in an order that nothing changes.
+
+Pair `p = token * top_k + j`. Blocks of pairs are counted; then each block adds up what blocks before it have of every
+expert, and writes its pairs where they belong. No atomics, no value is read on the host.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+@dataclass(frozen=True)
+class SortConfig:
+    """experts: their number rounded up to 2^n. chunk: pairs taken at a time. blocks: counts read at a time."""
+
+    num_experts: int
+    top_k: int
+    experts: int
+    chunk: int
+    blocks: int
+
+
+class Sorted(NamedTuple):
+    """int32: indptr `[num_experts + 1]`; order `[pairs]`: the pair in each row; tokens: its token; rows `[pairs]`: the
+    row of each pair, -1 for one of an expert held elsewhere. Any but indptr may be None."""
+
+    indptr: torch.Tensor
+    order: torch.Tensor | None
+    tokens: torch.Tensor | None
+    rows: torch.Tensor | None
+
+
+@triton.jit
+def experts_of(ids, pair, end, first, cfg: tl.constexpr):
+    """int32: the expert of each pair by its number here; `cfg.experts` or more where it is not held here."""
+    local = tl.load(ids + pair, mask=pair < end, other=-1) - first
+    held = (pair < end) & (local >= 0) & (local < cfg.num_experts)
+    return tl.where(held, local, cfg.experts).to(tl.int32)
+
+
+@triton.jit
+def counts_of(ids, begin, end, first, cfg: tl.constexpr):
+    """int32 `[experts]`: how many of the pairs `begin` to `end` go to each."""
+    offs_expert = tl.arange(0, cfg.experts)
+    total = tl.full([cfg.experts], 0, tl.int32)
+    for pair in range(begin, end, cfg.chunk):
+        expert = experts_of(ids, pair + tl.arange(0, cfg.chunk), end, first, cfg)
+        total += tl.sum((expert[:, None] == offs_expert[None, :]).to(tl.int32), 0)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_pairs", "per_block", "first"])
+def count_kernel(counts, ids, num_pairs, per_block, first, cfg: tl.constexpr):
+    """Grid: blocks. counts: int32 `[blocks, num_experts]`."""
+    begin = tl.program_id(0) * per_block
+    total = counts_of(ids, begin, tl.minimum(begin + per_block, num_pairs), first, cfg)
+    offs = tl.arange(0, cfg.experts)
+    tl.store(counts + tl.program_id(0) * cfg.num_experts + offs, total, mask=offs < cfg.num_experts)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "per_block", "num_blocks", "first"])
+def place_kernel(out, counts, ids, num_pairs, per_block, num_blocks, first, cfg: tl.constexpr):
+    """Grid: blocks. counts: as `count_kernel` writes them; None where there is one block."""
+    block = tl.program_id(0)
+    begin = block * per_block
+    end = tl.minimum(begin + per_block, num_pairs)
+    offs_expert = tl.arange(0, cfg.experts)
+    if counts is None:
+        total = counts_of(ids, begin, end, first, cfg)
+        before = tl.full([cfg.experts], 0, tl.int32)
+    else:
+        total = tl.full([cfg.experts], 0, tl.int32)
+        before = tl.full([cfg.experts], 0, tl.int32)
+        for b in range(0, num_blocks, cfg.blocks):
+            offs = b + tl.arange(0, cfg.blocks)
+            mask = (offs < num_blocks)[:, None] & (offs_expert < cfg.num_experts)[None, :]
+            part = tl.load(counts + offs[:, None] * cfg.num_experts + offs_expert[None, :], mask=mask, other=0)
+            total += tl.sum(part, 0)
+            before += tl.sum(tl.where((offs < block)[:, None], part, 0), 0)
+    ends = tl.cumsum(total, 0)
+    if block == 0:
+        tl.store(out.indptr + 1 + offs_expert, ends, mask=offs_expert < cfg.num_experts)
+        tl.store(out.indptr, 0)
+    base = ends - total + before
+    for pair in range(begin, end, cfg.chunk):
+        offs_pair = pair + tl.arange(0, cfg.chunk)
+        expert = experts_of(ids, offs_pair, end, first, cfg)
+        hit = (expert[:, None] == offs_expert[None, :]).to(tl.int32)
+        earlier = tl.cumsum(hit, 0) - 1 + base[None, :]
+        row = tl.sum(tl.where(hit == 1, earlier, 0), 1)
+        base += tl.sum(hit, 0)
+        held = expert < cfg.experts
+        if out.order is not None:
+            tl.store(out.order + row, offs_pair, mask=held)
+        if out.tokens is not None:
+            tl.store(out.tokens + row, offs_pair // cfg.top_k, mask=held)
+        if out.rows is not None:
+            tl.store(out.rows + offs_pair, tl.where(held, row, -1), mask=offs_pair < end)
