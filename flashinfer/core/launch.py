@@ -79,12 +79,15 @@ def again(
     launch = _direct_launch(compiled, grid, index) if direct else public
 
     def launch_again(addresses: list[int]) -> bool:
-        if several and torch.cuda.current_device() != index:
-            return False
-        for i, j in shared:
-            if addresses[i] != addresses[j]:
+        for i, j, distance in shared:
+            if addresses[i] - addresses[j] != distance:
                 return False
-        (public if hooked() else launch)(*fill(addresses))
+        run = public if hooked() else launch
+        if several and torch.cuda.current_device() != index:
+            with torch.cuda.device(index):
+                run(*fill(addresses))
+        else:
+            run(*fill(addresses))
         return True
 
     return launch_again

@@ -3,23 +3,28 @@
 Checks made to tell what is wrong take longer than a small kernel, and so does the dispatcher. `replayed` remembers what
 a function did with tensors of some layouts, as long as that was launches only, and does it again with the addresses of
 the next tensors of the same layouts. It goes around torch's dispatcher, so it steps aside wherever something looks on:
-under `torch.compile`, in a dispatch mode, for subclasses of Tensor. Version counters of tensors do not move.
+under `torch.compile`, in a mode, in a trace, for subclasses of Tensor. Nothing is lost that the first call has: the
+package's ops have no gradients and move no version counters.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from functools import lru_cache, reduce, wraps
+from functools import cache, lru_cache, reduce, wraps
 from operator import itemgetter, or_
 from typing import Any
 
 import torch
 
+# What torch does not publish may be missing in another release: without the guards tensors are compared one by one,
+# without the numbers of modes nothing is repeated.
 try:
     from torch._C._dynamo import guards
 except ImportError:
     guards = None  # type: ignore[assignment]
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_function_modes: Callable[[], int] = getattr(torch._C, "_len_torch_function_stack", lambda: 1)
 
 # Kinds of calls a function remembers, by values and by layouts; beyond, it begins anew, and forgets the oldest.
 CAPACITY, MOST_LAYOUTS = 1024, 16
@@ -41,6 +46,7 @@ Memory = dict[Hashable, list[tuple[Fits, Again]]]
 _memories: list[Memory] = []
 _permanent: dict[int, torch.Tensor] = {}
 _address = torch.Tensor.data_ptr
+_is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
 
 
 class _Recording(threading.local):
@@ -73,14 +79,16 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
 
     Arguments: tensors, Numbers, tuples of them, hashable values. What the function does may depend on their layouts
     (shapes, strides, dtypes, devices, alignment to 16 bytes) and on the other values, not on the Numbers' nor on the
-    contents of tensors on a GPU.
+    contents of tensors on a GPU. 0.0 and -0.0 are one value. What it does to tensors must be launches only, as nothing
+    else is seen here; what it calls that is `replayed` as well counts as its own.
     """
     memory: Memory = {}
     _memories.append(memory)
 
     @wraps(function)
     def call(*arguments: Any) -> None:
-        if torch.compiler.is_dynamo_compiling() or torch._C._len_torch_dispatch_stack():
+        watched = torch.compiler.is_dynamo_compiling() or _dispatch_modes() or _function_modes()
+        if watched or recording.tensors is not None:
             return function(*arguments)
         flat, lengths = arguments, []
         for x in arguments:
@@ -91,7 +99,10 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
         if form is None:
             return function(*arguments)
         tensors = form.tensors(flat)
-        addresses = [*map(_address, tensors)]
+        try:
+            addresses = [*map(_address, tensors)]
+        except RuntimeError:  # wrappers of torch.func have no memory
+            return function(*arguments)
         offsets = tuple(x & 15 for x in addresses) if reduce(or_, addresses, 0) & 15 else 0
         key = (form, offsets, form.values(flat))
         try:
@@ -100,11 +111,10 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
             return function(*arguments)
         addresses += form.numbers(flat)
         for fits, again in known:
-            if fits(*tensors):
-                if again(addresses):
-                    return None
-                break
-        if any(x.get_device() < 0 for x in tensors):  # the CPU: nothing is launched there
+            if fits(*tensors) and again(addresses):
+                return None
+        # Nothing is launched on the CPU; a trace is a property of the thread, which the guards see.
+        if any(x.get_device() < 0 for x in tensors) or _is_tracing():
             return function(*arguments)
         launches = _recorded([*tensors, *form.numbers(flat)], function, arguments)
         if launches:
@@ -130,10 +140,16 @@ class _Form:
 
 @lru_cache(maxsize=CAPACITY)
 def _form(types: tuple[type, ...], lengths: tuple[int, ...]) -> _Form | None:
-    """The form of these types, always the same object. lengths: of the tuples. None with a subclass of Tensor."""
-    if any(issubclass(kind, torch.Tensor) and kind not in PLAIN for kind in types):
-        return None
-    return _Form(types, len(types) - sum(lengths))
+    """The form of these types, always the same object. lengths: of the tuples.
+
+    None with a subclass of Tensor, and with tuples of another kind or within tuples, which may hold tensors.
+    """
+    num_arguments = len(types) - sum(lengths)
+    for i, kind in enumerate(types):
+        opened = kind is tuple and i < num_arguments
+        if issubclass(kind, (torch.Tensor, tuple)) and kind not in PLAIN and not opened:
+            return None
+    return _Form(types, num_arguments)
 
 
 def _picker(places: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
@@ -171,22 +187,46 @@ def _guarded(tensors: Sequence[torch.Tensor]) -> Fits:
     """The same for tensors that are all different ones.
 
     Torch's guards of compiled functions look at all tensors in one call, at a tenth of the cost of asking each of them
-    from Python. They are not public, so they may be missing.
+    from Python.
     """
-    if guards is None:
-        return _compared(tensors)
-    shapes: list[Any] = [list(x.shape) for x in tensors]
-    strides: list[Any] = [list(x.stride()) for x in tensors]
-    return guards.TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+    make = _tensor_guards()
+    return _compared(tensors) if make is None else make(tensors)
+
+
+@cache
+def _tensor_guards() -> Callable[[Sequence[torch.Tensor]], Fits] | None:
+    """Torch's guards, None where this release has none, or others than are known here."""
+
+    def make(tensors: Sequence[torch.Tensor]) -> Fits:
+        shapes: list[Any] = [list(x.shape) for x in tensors]
+        strides: list[Any] = [list(x.stride()) for x in tensors]
+        check: Fits = guards.TensorGuards(*tensors, dynamic_dims_sizes=shapes, dynamic_dims_strides=strides).check
+        return check
+
+    x = torch.zeros(2, 2, device="cpu")
+    others = x[:1], x.t(), x.double(), torch.nn.Parameter(x, requires_grad=False)
+    try:
+        fits = make([x])
+        known = fits(x.clone()) and not any(map(fits, others))
+    except Exception:  # whatever a function does that is another one by now
+        return None
+    return make if known else None
 
 
 def _compared(tensors: Sequence[torch.Tensor]) -> Fits:
     layouts = [_layout(x) for x in tensors]
-    return lambda *others: [_layout(x) for x in others] == layouts
+
+    def fits(*others: torch.Tensor) -> bool:
+        if _is_tracing() or len(set(map(id, others))) < len(others):
+            return False
+        return [_layout(x) for x in others] == layouts
+
+    return fits
 
 
 def _layout(x: torch.Tensor) -> tuple[Hashable, ...]:
-    return x.__class__, x.shape, x.stride(), x.dtype, x.get_device()
+    state = (x.requires_grad, x.is_inference(), x.is_neg())
+    return x.__class__, x.shape, x.stride(), x.dtype, x.get_device(), state
 
 
 def _in_turn(launches: list[Again]) -> Again:
@@ -207,22 +247,23 @@ def _in_turn(launches: list[Again]) -> Again:
 
 def _recorded(inputs: list[Input], function: Callable[..., None], arguments: Sequence[Any]) -> list[Again]:
     """Call the function; what it launched, nothing if that cannot be repeated."""
-    outer, recording.tensors, recording.launches = recording.tensors, inputs, []
+    recording.tensors, recording.launches = inputs, []
     try:
         function(*arguments)
         launches = recording.launches
     finally:
-        recording.tensors, recording.launches = outer, []
+        recording.tensors, recording.launches = None, []
     repeatable = [launch for launch in launches if launch is not None]
-    return repeatable if len(repeatable) == len(launches) and outer is None else []
+    return repeatable if len(repeatable) == len(launches) else []
 
 
 class Template:
     """The arguments of a launch, nested as they were, for other addresses of the tensors they came from.
 
-    inputs: the tensors and Numbers of the recorded call. An argument that is a tensor must begin in exactly one of
-    them, or be permanent; where two inputs begin at one address, they have to in later calls. Raises LookupError where
-    the arguments cannot be told from the inputs.
+    inputs: the tensors and Numbers of the recorded call. An argument that is a tensor must begin in one of them, or be
+    permanent. shared: (i, j, distance) for inputs i and j that an argument begins in both of; as it cannot be told
+    which it came from, later calls must have input i `distance` bytes behind input j too. Raises LookupError where the
+    arguments cannot be told from the inputs.
     """
 
     def __init__(self, inputs: Sequence[Input], arguments: tuple[Any, ...]) -> None:
@@ -233,6 +274,7 @@ class Template:
         self._offsets: list[tuple[int, int]] = []
         self._constants: list[Any] = []
         self._tuples: list[Callable[[list[Any]], Any]] = []
+        self.shared: list[tuple[int, int, int]] = []
         # Places are those of the pool that `fill` builds: addresses, addresses with offsets, constants, tuples.
         kinds = ("address", "offset", "constant", "tuple")
         self._places: list[list[tuple[str, int]]] = []
@@ -241,8 +283,6 @@ class Template:
         begin = {kind: sum(sizes[:i]) for i, kind in enumerate(kinds)}
         for places in self._places:
             self._tuples.append(itemgetter(*(begin[kind] + i for kind, i in places)))
-        firsts = [self._begins.index(address) for address in self._begins]
-        self.shared = [(i, first) for i, first in enumerate(firsts) if i != first]
 
     def _visit(self, x: Any) -> tuple[str, int]:
         if isinstance(x, torch.Tensor):
@@ -255,21 +295,30 @@ class Template:
             places = [self._visit(part) for part in x]
             self._places.append(places)
             return "tuple", len(self._places) - 1
+        if _may_hide_tensor(x):
+            raise LookupError("a tensor where it cannot be replaced")
+        return self._constant(x)
+
+    def _constant(self, x: Any) -> tuple[str, int]:
         self._constants.append(x)
         return "constant", len(self._constants) - 1
 
     def _tensor(self, x: torch.Tensor) -> tuple[str, int]:
         address = x.data_ptr()
-        if address in self._begins:
-            return "address", self._begins.index(address)
-        if x.data_ptr() in _permanent:
-            self._constants.append(address)
-            return "constant", len(self._constants) - 1
-        holders = [i for i in range(len(self._begins)) if self._begins[i] <= address < self._ends[i]]
-        (holder,) = holders if len(holders) == 1 else (None,)
-        if holder is None:
-            raise LookupError("a tensor of none of the inputs, or of several")
-        self._offsets.append((holder, address - self._begins[holder]))
+        bounds = enumerate(zip(self._begins, self._ends, strict=True))
+        holders = [i for i, (begin, end) in bounds if begin == address or begin < address < end]
+        if not holders:
+            if address not in _permanent:
+                raise LookupError("a tensor of none of the inputs")
+            return self._constant(address)
+        first, *others = holders
+        for i in others:
+            relation = (i, first, self._begins[i] - self._begins[first])
+            if relation not in self.shared:
+                self.shared.append(relation)
+        if address == self._begins[first]:
+            return "address", first
+        self._offsets.append((first, address - self._begins[first]))
         return "offset", len(self._offsets) - 1
 
     def fill(self, addresses: list[int]) -> tuple[Any, ...]:
@@ -291,3 +340,12 @@ def _end(x: torch.Tensor) -> int:
 
 def _holds_tensor(x: Any) -> bool:
     return isinstance(x, (torch.Tensor, Number)) or (isinstance(x, tuple) and any(map(_holds_tensor, x)))
+
+
+def _may_hide_tensor(x: Any) -> bool:
+    """Whether `x`, which is no tensor, could hold one elsewhere than in tuples."""
+    if isinstance(x, tuple):
+        return any(map(_may_hide_tensor, x))
+    return isinstance(x, (list, dict, set)) or any(
+        isinstance(y, torch.Tensor) for y in getattr(x, "__dict__", {}).values()
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -23,28 +24,47 @@ def randn(*shape: int, dtype: torch.dtype = F16, device: str = "cpu") -> torch.T
     return torch.randn(shape, device=device).to(dtype)
 
 
-def problems(device: str) -> dict[str, Problem]:
-    """Fresh arguments of each function."""
+class Fresh:
+    """New tensors on a device."""
 
-    def half(*shape: int) -> torch.Tensor:
-        return randn(*shape, device=device)
+    def __init__(self, device: str) -> None:
+        self.device = device
 
-    def fp8(*shape: int) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.uint8, device=device).view(FP8)
+    def half(self, *shape: int) -> torch.Tensor:
+        return randn(*shape, device=self.device)
 
-    def codes(*shape: int) -> torch.Tensor:
-        return torch.randint(1, 99, shape, dtype=torch.uint8, device=device)
+    def fp8(self, *shape: int) -> torch.Tensor:
+        return self.codes(*shape).view(FP8)
 
-    x, weight, scale = half(5, 64), half(64), torch.rand(1, device=device) + 0.5
-    q, k, positions = half(5, 4, 16), half(5, 2, 16), torch.randint(9, (5,), device=device)
-    table, wide_table = torch.randn(9, 8, device=device), torch.randn(9, 16, device=device)
-    indptr = torch.tensor([0, 2, 5], dtype=torch.int32, device=device)
-    caches = (half(4, 2, 2, 16), half(4, 2, 2, 16))
-    rows = (half(5, 2, 16), half(5, 2, 16))
-    where = [torch.tensor(a, dtype=torch.int32, device=device) for a in ([0, 0, 1, 1, 1], [0, 1, 0, 1, 2])]
-    pages = [torch.tensor(a, dtype=torch.int32, device=device) for a in ([3, 0, 2], [0, 1, 3], [2, 1])]
-    slots = torch.tensor([3, -1, 0, 6, 7], device=device)
-    scales = (torch.rand(2, device=device) + 0.5, torch.rand(2, device=device) + 0.5)
+    def codes(self, *shape: int) -> torch.Tensor:
+        return torch.randint(1, 99, shape, dtype=torch.uint8, device=self.device)
+
+    def int32(self, *rows: list[int]) -> list[torch.Tensor]:
+        return [torch.tensor(row, dtype=torch.int32, device=self.device) for row in rows]
+
+    def heads(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q, k and their positions."""
+        return self.half(5, 4, 16), self.half(5, 2, 16), torch.randint(9, (5,), device=self.device)
+
+    def tables(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of cosines and sines: for 8 components, for 16."""
+        return torch.randn(9, 8, device=self.device), torch.randn(9, 16, device=self.device)
+
+    def where(self) -> list[torch.Tensor]:
+        """Requests and positions of 5 tokens."""
+        return self.int32([0, 0, 1, 1, 1], [0, 1, 0, 1, 2])
+
+    def pages(self) -> list[torch.Tensor]:
+        """Page numbers, their prefix sums, tokens of last pages."""
+        return self.int32([3, 0, 2], [0, 1, 3], [2, 1])
+
+    def scale(self, size: int = 1) -> torch.Tensor:
+        return torch.rand(size, device=self.device) + 0.5
+
+
+def row_problems(fresh: Fresh) -> dict[str, Problem]:
+    half, fp8 = fresh.half, fresh.fp8
+    x, weight, scale = half(5, 64), half(64), fresh.scale()
     return {
         "rmsnorm": (norm.rmsnorm, (x, weight)),
         "rmsnorm_out": (norm.rmsnorm, (x, weight, 1e-5, half(5, 64))),
@@ -58,6 +78,17 @@ def problems(device: str) -> dict[str, Problem]:
         "silu_and_mul": (activation.silu_and_mul, (x,)),
         "silu_and_mul_out": (activation.silu_and_mul, (x, half(5, 32))),
         "silu_and_mul_quant": (activation.silu_and_mul_quant, (fp8(5, 32), x, scale)),
+        "group_quant": (quantization.per_token_group_quant_8bit, (x, 16)),
+        "tensor_quant": (quantization.per_tensor_quant_8bit, (x, scale)),
+        "concat_mla_k": (concat_ops.concat_mla_k, (half(5, 4, 24), half(5, 4, 16), half(5, 1, 8))),
+    }
+
+
+def rope_problems(fresh: Fresh) -> dict[str, Problem]:
+    half, fp8, where, pages = fresh.half, fresh.fp8, fresh.where(), fresh.pages()
+    (q, k, positions), (table, wide_table) = fresh.heads(), fresh.tables()
+    (indptr,) = fresh.int32([0, 2, 5])
+    return {
         "rope": (rope.apply_rope, (q, k, indptr, indptr[:2].clone())),
         "rope_partial": (rope.apply_rope_inplace, (q, k, indptr, indptr[:2].clone(), 8)),
         "rope_pos_ids_inplace": (rope.apply_rope_pos_ids_inplace, (q, k, positions)),
@@ -69,6 +100,28 @@ def problems(device: str) -> dict[str, Problem]:
         ),
         "rope_cached": (rope.apply_rope_with_cos_sin_cache, (positions, q.view(5, -1), k.view(5, -1), 16, table)),
         "qk_rmsnorm_rope": (rope.qk_rmsnorm_rope_inplace, (q, k, half(16), half(16), positions, table)),
+        "rope_quantize": (rope.rope_quantize_fp8, (q, k, half(5, 4, 8), half(5, 2, 8), wide_table, positions)),
+        "mla_rope_quantize": (
+            rope.mla_rope_quantize_fp8,
+            (q, half(5, 16), half(5, 4, 32), half(5, 32), wide_table, positions),
+        ),
+        "rope_quantize_append": (
+            rope.rope_quantize_fp8_append_paged_kv_cache,
+            (
+                *(q, k, half(5, 4, 8), half(5, 2, 8), half(5, 2, 16), wide_table, positions),
+                *((fp8(4, 2, 2, 24), fp8(4, 2, 2, 16)), *pages[:2], *where),
+                *(True, None, 1.0, 2.0, 2),
+            ),
+        ),
+    }
+
+
+def page_problems(fresh: Fresh) -> dict[str, Problem]:
+    half, fp8, codes, where, pages = fresh.half, fresh.fp8, fresh.codes, fresh.where(), fresh.pages()
+    caches, rows = (half(4, 2, 2, 16), half(4, 2, 2, 16)), (half(5, 2, 16), half(5, 2, 16))
+    scale, scales = fresh.scale(), (fresh.scale(2), fresh.scale(2))
+    slots = torch.tensor([3, -1, 0, 6, 7], device=fresh.device)
+    return {
         "append": (page.append_paged_kv_cache, (*rows, *where, caches, *pages)),
         "append_joined": (page.append_paged_kv_cache, (*rows, *where, half(4, 2, 2, 2, 16), *pages)),
         "append_mla": (
@@ -95,30 +148,20 @@ def problems(device: str) -> dict[str, Problem]:
             (
                 codes(4, 2, 2, 2, 8),
                 codes(4, 2, 2, 2, 1),
-                torch.tensor([[1], [3]], dtype=torch.int32, device=device),
-                torch.tensor([2, 1], dtype=torch.int32, device=device),
+                torch.tensor([[1], [3]], dtype=torch.int32, device=fresh.device),
+                pages[2],
                 *(scale, scale.clone()),
                 half(2, 2, 2, 16).zero_(),
                 half(2, 2, 2, 16).zero_(),
             ),
         ),
-        "rope_quantize": (rope.rope_quantize_fp8, (q, k, half(5, 4, 8), half(5, 2, 8), wide_table, positions)),
-        "mla_rope_quantize": (
-            rope.mla_rope_quantize_fp8,
-            (q, half(5, 16), half(5, 4, 32), half(5, 32), wide_table, positions),
-        ),
-        "rope_quantize_append": (
-            rope.rope_quantize_fp8_append_paged_kv_cache,
-            (
-                *(q, k, half(5, 4, 8), half(5, 2, 8), half(5, 2, 16), wide_table, positions),
-                *((fp8(4, 2, 2, 24), fp8(4, 2, 2, 16)), *pages[:2], *where),
-                *(True, None, 1.0, 2.0, 2),
-            ),
-        ),
-        "group_quant": (quantization.per_token_group_quant_8bit, (x, 16)),
-        "tensor_quant": (quantization.per_tensor_quant_8bit, (x, scale)),
-        "concat_mla_k": (concat_ops.concat_mla_k, (half(5, 4, 24), half(5, 4, 16), half(5, 1, 8))),
     }
+
+
+def problems(device: str) -> dict[str, Problem]:
+    """Fresh arguments of each function."""
+    fresh = Fresh(device)
+    return {**row_problems(fresh), **rope_problems(fresh), **page_problems(fresh)}
 
 
 NAMES = tuple(problems("cpu"))
@@ -176,6 +219,55 @@ def test_a_repetition_launches_what_a_call_with_checks_would(name: str, compiled
     for (kind, grid, repeated), (other, other_grid, checked) in zip(again, compiled.log[-launches:], strict=True):
         assert (kind, other) == ("again", "first") and grid == other_grid
         assert located(repeated, (arguments, made)) == located(checked, (arguments, made_with_checks))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_first_call_leaves_no_trace_that_a_repetition_would_not(name: str, compiled: Compiled) -> None:
+    """On tensors with gradients too: no version counter moves, nothing gets a history.
+
+    And nothing is written but by launches, which do nothing here: a repetition makes those only.
+    """
+    for kind in ("first", "again"):
+        function, arguments = problems("cpu")[name]
+        tensors = flat(arguments)
+        for x in tensors:
+            x.requires_grad_(x.dtype in (torch.float32, torch.float16))
+        before, contents = [(x._version, x.requires_grad) for x in tensors], [*map(bits, tensors)]
+        compiled.log.clear()
+        made = function(*arguments)
+        assert [entry[0] for entry in compiled.log] == [kind] * len(compiled.log) and compiled.log
+        assert [(x._version, x.requires_grad) for x in tensors] == before
+        assert all(torch.equal(bits(x), content) for x, content in zip(tensors, contents, strict=True))
+        assert all(x.grad_fn is None for x in [*tensors, *flat(made)])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for several GPUs")
+def test_a_repetition_goes_to_the_device_of_its_tensors(compiled: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flashinfer.core import launch
+
+    current, visited = [1], []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        visited.append(index)
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    x = torch.zeros(3)
+    monkeypatch.setattr(replay.recording, "tensors", [x], raising=False)
+    for index in (0, 1):
+        repeat = launch.again(compiled, (1, 1, 1), (x, 2), index, False)
+        assert repeat is not None and repeat([16])
+    assert visited == [0] and compiled.log == [("again", (1, 1, 1), (16, 2))] * 2
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def flat(x: Any) -> list[torch.Tensor]:

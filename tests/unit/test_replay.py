@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashinfer.core import replay
@@ -35,15 +39,32 @@ def test_a_tensor_of_no_input_cannot_be_replaced() -> None:
         Template([x], (x, x.clone()))
 
 
-def test_a_tensor_inside_of_two_inputs_cannot_be_told() -> None:
+@pytest.mark.parametrize("column", [2, 4], ids=["begins in one", "begins in none"])
+def test_inputs_that_overlap_must_lie_alike_again(column: int) -> None:
+    """Which of them an argument inside of several was cut from cannot be told."""
     rows = torch.zeros(4, 8)
-    with pytest.raises(LookupError):
-        Template([rows, rows[:, 2:]], (rows[:, 4:], 1))
+    template = Template([rows, rows[:, 2:]], (rows[:, column:], 1))
+    assert template.shared == [(1, 0, 8)]
+    assert template.fill([1000, 1008]) == (1000 + 4 * column, 1)
 
 
 def test_inputs_at_one_address_must_stay_so() -> None:
     x, y = torch.zeros(4), torch.zeros(4)
-    assert Template([x, y, x], (x, y, x)).shared == [(2, 0)]
+    assert Template([x, y, x], (x, y, x)).shared == [(2, 0, 0)]
+
+
+class Descriptor:
+    """Holds a tensor where no one looks."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.base = x
+
+
+@pytest.mark.parametrize("hide", [lambda x: [x], lambda x: {"x": x}, Descriptor, lambda x: (1, Descriptor(x))])
+def test_a_hidden_tensor_cannot_be_replaced(hide: Callable[[torch.Tensor], Any]) -> None:
+    x = torch.zeros(4)
+    with pytest.raises(LookupError):
+        Template([x], (x, hide(x)))
 
 
 # ---- which calls are repeated
@@ -174,6 +195,7 @@ VIEWS = {
     "same": X[16:24].view(2, 4), "shape": X[:8].view(4, 2), "rank": X[:8], "stride": X[:16].view(2, 8)[:, :4],
     "transposed": X[:8].view(4, 2).T, "dtype": X[:8].view(2, 4).view(torch.int8), "broadcast": X[:4].expand(2, 4),
     "parameter": torch.nn.Parameter(X[:8].view(2, 4), requires_grad=False),
+    "negated": torch._neg_view(X[:8].view(2, 4)),
 }  # fmt: skip
 
 
@@ -185,9 +207,114 @@ def test_torchs_guards_see_what_comparing_sees(name: str) -> None:
     assert not fits(torch.zeros(5), VIEWS[name]) and not compared(torch.zeros(5), VIEWS[name])
 
 
-def test_without_torchs_guards(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(replay, "guards", None)
-    test_the_same_layouts_are_repeated(recorder)
+def test_both_see_gradients_inference_and_sharing() -> None:
+    x, y = torch.zeros(2), torch.zeros(2)
+    with torch.inference_mode():
+        inference = torch.zeros(2)
+    for fits in (replay._guarded((x, y)), replay._compared((x, y))):
+        assert fits(y, x) and not fits(x, x)
+        assert not fits(x, inference) and not fits(torch.zeros(2, requires_grad=True), y)
+
+
+class Lenient:
+    """Another meaning of the same name."""
+
+    def __init__(self, *tensors: torch.Tensor, **options: object) -> None:
+        self.check = lambda *others: True
+
+
+@pytest.mark.parametrize(
+    "found",
+    [None, SimpleNamespace(), SimpleNamespace(TensorGuards=lambda: None), SimpleNamespace(TensorGuards=Lenient)],
+)
+def test_guards_that_torch_has_not_are_done_without(
+    found: object, recorder: Recorder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "guards", found)
+    replay._tensor_guards.cache_clear()
+    try:
+        test_the_same_layouts_are_repeated(recorder)
+        recorder.remembered(torch.zeros(2, 5), (torch.zeros(2, 5), 1), None)
+        assert recorder.calls == 2
+        assert replay._guarded((X,)).__qualname__.startswith("_compared")  # type: ignore[attr-defined]
+    finally:
+        replay._tensor_guards.cache_clear()
+
+
+@pytest.mark.parametrize("setting", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu")])
+def test_this_torch_has_the_guards(setting: Callable[[], Any]) -> None:
+    """Wherever the first call looks for them."""
+    replay._tensor_guards.cache_clear()
+    with setting():
+        assert replay._tensor_guards() is not None
+
+
+def test_no_tensor_is_kept_alive(recorder: Recorder) -> None:
+    x, y = torch.zeros(3), torch.zeros(4)
+    seen = [weakref.ref(x), weakref.ref(y), weakref.ref(x.untyped_storage())]
+    recorder.launch = lambda found: True  # type: ignore[method-assign]
+    for _ in range(2):
+        recorder.remembered(x, (x, y), y, 1.0)
+    assert recorder.calls == 1
+    del x, y
+    gc.collect()
+    assert [ref() for ref in seen] == [None] * 3
+
+
+class Pair(NamedTuple):
+    """Two tensors under names."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def test_tensors_that_are_not_looked_for_are_not_remembered(recorder: Recorder) -> None:
+    """In a tuple of another kind, or deeper, they would be values of the call, compared by identity, and kept."""
+    x, y = torch.zeros(3), torch.zeros(3)
+    for hidden in (Pair(x, y), ((x, y), 1), (Pair(x, y), 1)):
+        for _ in range(2):
+            recorder.remembered(x, hidden)
+    assert recorder.calls == 6 and not recorder.again
+
+
+def test_a_call_within_a_call_is_part_of_it(recorder: Recorder) -> None:
+    """Known already or not, its launches are those of the outer call."""
+    inner = Recorder()
+    x = torch.zeros(3)
+
+    @replayed
+    def outer(x: torch.Tensor) -> None:
+        recorder.run(x)
+        inner.remembered(x)
+        recorder.run(x)
+
+    for known in (False, True):
+        replay.forget()
+        inner.again.clear()
+        if known:
+            inner.remembered(x)
+        outer(x)
+        recorder.again.clear()
+        outer(x)
+        assert len(recorder.again) == 2 and len(inner.again) == 1
+
+
+def test_records_of_one_layout_are_all_tried(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two that differ in how their inputs overlap."""
+    x, y = torch.zeros(3), torch.zeros(3)
+
+    def launch(shared: bool) -> Callable[[list[int]], bool]:
+        return lambda found: (found[0] == found[1]) == shared and recorder.launch(found)
+
+    @replayed
+    def function(a: torch.Tensor, b: torch.Tensor) -> None:
+        recorder.calls += 1
+        recording.launches.append(launch(a.data_ptr() == b.data_ptr()))
+
+    for _ in range(3):
+        function(x, x.view(3))
+        function(x, y)
+    assert recorder.calls == 2 and len(recorder.again) == 4
 
 
 def test_errors_are_not_remembered(recorder: Recorder) -> None:
@@ -209,6 +336,13 @@ class Watching(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class Intercepting(TorchFunctionMode):
+    """Sees every call of a function of torch."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*args, **(kwargs or {}))
+
+
 class Subclass(torch.Tensor):
     """Has behaviour of its own."""
 
@@ -218,12 +352,37 @@ def test_lookers_on_see_every_call(recorder: Recorder) -> None:
     recorder.remembered(x)
     with Watching():
         recorder.remembered(x)
+    with Intercepting():
+        recorder.remembered(x)
     recorder.remembered(x.as_subclass(Subclass))
     recorder.remembered([x])
-    assert recorder.calls == 4 and not recorder.again
+    assert recorder.calls == 5 and not recorder.again
     for _ in range(2):  # a kind of its own
         recorder.remembered(torch.nn.Parameter(x))
-    assert recorder.calls == 5 and len(recorder.again) == 1
+    assert recorder.calls == 6 and len(recorder.again) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*jit.*:DeprecationWarning")
+@pytest.mark.parametrize("with_guards", [True, False])
+def test_a_trace_sees_every_call(recorder: Recorder, monkeypatch: pytest.MonkeyPatch, with_guards: bool) -> None:
+    if not with_guards:
+        monkeypatch.setattr(replay, "_guarded", replay._compared)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(2):
+            recorder.remembered(x)
+        return x + 1
+
+    step(torch.zeros(3))
+    for n in range(2):
+        torch.jit.trace(step, (torch.zeros(3),), check_trace=False)
+        assert recorder.calls == 3 + 2 * n
+
+
+def test_tensors_without_memory_are_left_to_the_function(recorder: Recorder) -> None:
+    for _ in range(2):
+        torch.func.grad(lambda x: (recorder.remembered(x), x.sum())[1])(torch.zeros(3))
+    assert recorder.calls == 2
 
 
 def test_cpu_tensors_are_not_remembered() -> None:
