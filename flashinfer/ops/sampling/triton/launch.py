@@ -23,20 +23,23 @@ from flashinfer.ops.sampling.triton.softmax import (
     softmax_state_kernel,
     softmax_write_kernel,
 )
-from flashinfer.ops.sampling.triton.threshold import apply_kernel, collect_kernel, settle_kernel, threshold_kernel
+from flashinfer.ops.sampling.triton.threshold import apply_kernel, search_kernel, threshold_kernel
 
 SCAN = 2048
-# More makes the kernel that also draws spill registers on sm_120.
-FILTER_SCAN = 1024
+# What one program reads at a time of the rows that min_p leaves to it; more spills registers on sm_120.
+MIN_P_SCAN = 1024
 # What the sixteen warps of a program that resolves open rows read at a time: half where rows begin off 16 bytes.
 RESOLVE_SCAN = 4096
-# Tokens that are collected of a row to find top_p's threshold among.
+# Numbers that are collected of a row to find its threshold among: twice what is guessed at most (a flat row, top_p
+# 0.5). What is read at a time for that, how many such tiles are on their way at once, and programs a multiprocessor.
 FOUND = 16384
-# Into how many parts a row is cut for that, and how many lists a part has, one for each thread.
-COLLECT_SPLITS = 4
-COLLECT_LISTS = 128
+COLLECT_SCAN = 4096
+COLLECT_STAGES = 3
+COLLECT_PROGRAMS = 8
+COLLECT_WARPS = 8
 SEARCH_FIELDS = 8
-STATE_FIELDS = 8
+STATE_FIELDS = 16
+PART_FIELDS = 8
 # Two programs of eight warps a multiprocessor. Stated, since ptxas would else spill a few bytes to fit a third.
 REGISTERS = {"maxnreg": 128}
 SOFTMAX_TILE = 4096
@@ -61,8 +64,7 @@ _softmax_held = Prebound(softmax_held_kernel)
 _softmax_state = Prebound(softmax_state_kernel)
 _softmax_write = Prebound(softmax_write_kernel)
 _threshold = Prebound(threshold_kernel)
-_collect = Prebound(collect_kernel)
-_settle = Prebound(settle_kernel)
+_search = Prebound(search_kernel)
 _apply = Prebound(apply_kernel)
 
 
@@ -264,7 +266,7 @@ def _draw_filtered(
         (
             *(x, rows, *stats.tensors, *random, *top_k, *top_p),
             *((*slots_of(scratch, cut, num_samples), floats, ints), tokens, _bytes(out.valid)),
-            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut, FILTER_SCAN),
+            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut),
         ),
         x.device,
         num_warps=cut.num_warps,
@@ -284,7 +286,7 @@ def _launch_min_p(
         (*key, _kinds(rows, min_p[0]), alignment(x, rows, min_p[0])),  # type: ignore
         (
             *(x, rows, *stats.tensors[:2], *random, *min_p, slots_of(scratch, cut, draws.num_samples)),
-            *(out.tokens, _bytes(out.valid), x.stride(0), x.shape[1], stats.num_groups, per_sample, cut, FILTER_SCAN),
+            *(out.tokens, _bytes(out.valid), x.stride(0), x.shape[1], stats.num_groups, per_sample, cut, MIN_P_SCAN),
         ),
         x.device,
         num_warps=cut.num_warps,
@@ -307,19 +309,19 @@ def _launch_resolve(
 ) -> None:
     """Draw for the rows that are left open; most rows are not, so open ones are cut finely."""
     num_samples, vocab_size, rows, tokens = draws.num_samples, x.shape[1], draws.indices, out.tokens
-    random, limited = random_of(draws), kind != "k"
+    random = random_of(draws)
     scan = RESOLVE_SCAN if x.stride(0) * x.element_size() % VECTOR_BYTES == 0 else RESOLVE_SCAN // 2
-    tiles = triton.cdiv(vocab_size, scan)
-    splits, per_split = splits_of(num_samples, tiles, 8 * arch_of(x.device).num_sms) if limited else (1, tiles)
-    partial = scratch.empty((num_samples, splits, 4), torch.float32) if limited else None
+    splits, per_split = splits_of(num_samples, triton.cdiv(vocab_size, scan), 8 * arch_of(x.device).num_sms)
+    partial = scratch.empty((num_samples, splits, PART_FIELDS), torch.float32)
+    found = scratch.empty((num_samples, FOUND), torch.float32)
     block = triton.next_power_of_2(splits)
     key = (x.dtype, x.stride(0), vocab_size, logits, random.key, tokens.dtype, alignment(x, rows), scan)
     _resolve(
         (num_samples * splits, 1, 1),
-        (key, limited, block, None if rows is None else rows.dtype),
+        (key, kind, block, None if rows is None else rows.dtype),
         (
-            *(x, rows, *random, state, partial, tokens, x.stride(0), vocab_size, splits, per_split),
-            *(limited, block, logits, scan),
+            *(x, rows, *random, state, partial, found, tokens, x.stride(0), vocab_size, splits, per_split),
+            *(kind, block, FOUND, logits, scan),
         ),
         x.device,
         num_warps=16,
@@ -401,7 +403,7 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, 
     found = Thresholds(scratch.empty((num_rows,), torch.int32), scratch.empty((num_rows,), torch.float32))
     slots = slots_of(scratch, cut, num_rows)
     search = None
-    if kind == "p":
+    if kind != "min_p":
         search = scratch.empty((num_rows, SEARCH_FIELDS), torch.int32), scratch.empty((num_rows,), torch.float32)
     pointer, value = pointer_and_value(parameter, vocab_size if top_k else 1.0, vocab_size if top_k else None)
     key = (x.dtype, x.stride(0), vocab_size, logits, cut, alignment(x))
@@ -418,25 +420,34 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, 
     )
     if search is None:
         return found
-    _search(x, search, found, scratch)
+    _launch_search(x, search, found, kind, logits, scratch)
     return found
 
 
-def _search(x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds, scratch: Scratch) -> None:
-    """Find top_p's threshold in open rows."""
+def _launch_search(
+    x: torch.Tensor,
+    search: tuple[torch.Tensor, torch.Tensor],
+    found: Thresholds,
+    kind: str,
+    logits: bool,
+    scratch: Scratch,
+) -> None:
+    """Find the thresholds of open rows."""
     num_rows, vocab_size = x.shape
-    # Finer parts would leave each list so little room that chance may fill it.
-    splits, per_split = splits_of(1, triton.cdiv(vocab_size, SCAN), COLLECT_SPLITS)
+    tiles = triton.cdiv(vocab_size, COLLECT_SCAN)
+    splits, per_split = splits_of(num_rows, tiles, COLLECT_PROGRAMS * arch_of(x.device).num_sms)
     block = triton.next_power_of_2(splits)
+    partial = scratch.empty((num_rows, splits, PART_FIELDS), torch.float32)
     collected = scratch.empty((num_rows, FOUND), torch.float32)
-    sums = scratch.empty((num_rows, 3, block, COLLECT_LISTS), torch.float32)
-    key = (x.dtype, x.stride(0), vocab_size, block, alignment(x))
-    sizes = (x.stride(0), vocab_size, splits)
-    form = (block, FOUND, COLLECT_LISTS, False, SCAN)
-    arguments: tuple[object, ...] = (x, search, collected, sums, *sizes, per_split, *form)
-    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=COLLECT_LISTS // 32)
-    arguments = (x, *found, search, collected, sums, *sizes, *form)
-    _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=16, **REGISTERS)
+    form = (kind == "p", block, FOUND, COLLECT_STAGES, logits, COLLECT_SCAN)
+    _search(
+        (num_rows * splits, 1, 1),
+        (x.dtype, x.stride(0), vocab_size, form, alignment(x)),
+        (x, *found, search, partial, collected, x.stride(0), vocab_size, splits, per_split, *form),
+        x.device,
+        num_warps=COLLECT_WARPS,
+        **REGISTERS,
+    )
 
 
 def keep(
