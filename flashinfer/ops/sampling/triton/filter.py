@@ -37,8 +37,11 @@ CANDIDATE_DRAW = tl.constexpr(16)
 MAX_ROUNDS = tl.constexpr(64)
 # Groups that hold the nucleus of most rows of a language model.
 HEAD_GROUPS = tl.constexpr(128)
-# Rows with a smaller top_p that are too wide to be held are searched for their floor.
-MOST_SEARCHED = tl.constexpr(0.5)
+# Rows with a smaller top_p that are too wide to be held are searched for their floor: so few would a pivot pass. With a
+# larger one the guess may hold more than there is room for.
+MOST_SEARCHED = tl.constexpr(0.25)
+# Groups of the sample that tells where; more spill registers.
+FILTER_SAMPLE = tl.constexpr(64)
 # The state of a row, ints and floats from 4 on, behind four pivots; PEAK: key of its largest number.
 STATE_FIELDS = tl.constexpr(16)
 FLOOR = tl.constexpr(4)
@@ -359,7 +362,7 @@ def filter_kernel(
             whole = total.to(tl.float32) if MASS else tl.cast(vocab, tl.float32)
             light = whole - (limit if MASS else k.to(tl.float32))
             bottom = lowest - 1 if MASS else bound - 1
-            low, high = guess_interval(x, vocab, num_groups, shift, light, whole, bottom, peak, MASS, LOGITS, cut)
+            low, high = guess_interval(x, vocab, num_groups, shift, light, whole, bottom, peak, MASS, FILTER_SAMPLE, LOGITS, cut)
             tl.store(ints + LOW, low)
             tl.store(ints + HIGH, high)
             tl.store(ints + BOTTOM, bottom)

@@ -30,10 +30,12 @@ SCAN = 2048
 MIN_P_SCAN = 1024
 # What the sixteen warps of a program that resolves open rows read at a time: half where rows begin off 16 bytes.
 RESOLVE_SCAN = 4096
-# Numbers that are collected of a row to find its threshold among: twice what is guessed at most (a flat row, top_p
-# 0.5). What is read at a time for that, how many such tiles are on their way at once, and programs a multiprocessor.
-FOUND = 16384
-COLLECT_SCAN = 4096
+RESOLVE_WARPS = 16
+RESOLVE_PROGRAMS = 8
+# Numbers that are collected of a row to find its threshold among; of a flat row at top_p 0.5, 6,700 (simulated).
+FOUND = 8192
+# What is read at a time for that, how many such tiles are on their way at once, and programs a multiprocessor.
+COLLECT_SCAN = 2048
 COLLECT_STAGES = 3
 COLLECT_PROGRAMS = 8
 COLLECT_WARPS = 8
@@ -311,7 +313,7 @@ def _launch_resolve(
     num_samples, vocab_size, rows, tokens = draws.num_samples, x.shape[1], draws.indices, out.tokens
     random = random_of(draws)
     scan = RESOLVE_SCAN if x.stride(0) * x.element_size() % VECTOR_BYTES == 0 else RESOLVE_SCAN // 2
-    splits, per_split = splits_of(num_samples, triton.cdiv(vocab_size, scan), 8 * arch_of(x.device).num_sms)
+    splits, per_split = splits_of(num_samples, triton.cdiv(vocab_size, scan), RESOLVE_PROGRAMS * arch_of(x.device).num_sms)
     partial = scratch.empty((num_samples, splits, PART_FIELDS), torch.float32)
     found = scratch.empty((num_samples, FOUND), torch.float32)
     block = triton.next_power_of_2(splits)
@@ -321,10 +323,10 @@ def _launch_resolve(
         (key, kind, block, None if rows is None else rows.dtype),
         (
             *(x, rows, *random, state, partial, found, tokens, x.stride(0), vocab_size, splits, per_split),
-            *(kind, block, FOUND, logits, scan),
+            *(kind, block, FOUND, COLLECT_STAGES, logits, scan),
         ),
         x.device,
-        num_warps=16,
+        num_warps=RESOLVE_WARPS,
         **REGISTERS,
     )
 

@@ -125,6 +125,7 @@ def resolve_kernel(
     KIND: tl.constexpr,
     SPLITS: tl.constexpr,
     FOUND: tl.constexpr,
+    STAGES: tl.constexpr,
     LOGITS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
@@ -146,8 +147,6 @@ def resolve_kernel(
             row = tl.load(rows + sample).to(tl.int32)
         x += row.to(tl.int64) * stride
         order = tl.arange(0, NUM_PIVOTS)
-        pivots = tl.load(floats + order)
-        limit = tl.load(floats + LIMIT)
         shift = tl.load(floats + SHIFT)
         fields = partial + sample.to(tl.int64) * num_splits * PART_FIELDS
         found += sample.to(tl.int64) * FOUND
@@ -155,17 +154,21 @@ def resolve_kernel(
         high = tl.load(ints + HIGH)
         mine = fields + split * PART_FIELDS
         if KIND != "k":
-            masses = pivot_masses(x, vocab, shift, pivots, split, tiles_per_split, LOGITS, SCAN)
+            masses = pivot_masses(x, vocab, shift, tl.load(floats + order), split, tiles_per_split, LOGITS, SCAN)
             tl.store(mine + order, masses)
         if is_open == SEARCHED:
             ROOM: tl.constexpr = FOUND // SPLITS
             begin = split * tiles_per_split * SCAN
             room = found + split * ROOM
-            collect_part(x, vocab, shift, low, high, begin, tiles_per_split, room, mine, ROOM, 1, LOGITS, SCAN)
+            # Half as much at a time as for the pivots: more spills registers.
+            tiles = 2 * tiles_per_split
+            HALF: tl.constexpr = SCAN // 2
+            collect_part(x, vocab, shift, low, high, begin, tiles, room, mine, ROOM, STAGES, LOGITS, HALF)
         tl.debug_barrier()
         last = tl.atomic_add(ints + ARRIVED, 1, sem="acq_rel", scope="gpu") == num_splits - 1
         tl.debug_barrier()
         if last:
+            limit = tl.load(floats + LIMIT)
             floor = tl.load(ints + FLOOR)
             peak = tl.load(ints + PEAK)
             kept = tl.full((), -1.0, tl.float32)
@@ -199,7 +202,7 @@ def resolve_kernel(
                 offs = splits[:, None] * PART_FIELDS + order[None, :]
                 there = (splits < num_splits)[:, None]
                 masses = tl.sum(tl.load(fields + offs, mask=there, other=0.0, cache_modifier=".cg"), 0)
-            key = sort_key(pivots)
+            key = sort_key(tl.load(floats + order))
             light = (masses < limit) | (masses <= 0)
             # Pivots at or below `low` were passed over: where the floor is not above it, none counts.
             passes = (key >= floor) & light & ((is_open == PIVOTS_ONLY) | (floor > low))

@@ -19,8 +19,7 @@ from flashinfer.ops.sampling.triton.rows import (
     weight_of,
 )
 
-# Groups of the sample, and how finely a guess looks: a five-hundredth of a number's size.
-SAMPLE_GROUPS = tl.constexpr(64)
+# How finely a guess looks: a five-hundredth of a number's size.
 KEY_STEP = tl.constexpr(1 << 14)
 # What a split says of its part, after the weights above four pivots: how many tokens lie in the interval, how many
 # above it, and what those weigh.
@@ -55,6 +54,7 @@ def guess_interval(
     bottom,
     peak,
     MASS: tl.constexpr,
+    SAMPLE_GROUPS: tl.constexpr,
     LOGITS: tl.constexpr,
     cut: tl.constexpr,
 ):
@@ -169,12 +169,11 @@ def settle(
     inside = tl.load(mine + INSIDE, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32)
     above = tl.sum(tl.load(mine + ABOVE, mask=there, other=0.0, cache_modifier=".cg").to(tl.int32), 0)
     heavier = tl.sum(tl.load(mine + ABOVE_WEIGHT, mask=there, other=0.0, cache_modifier=".cg"), 0)
-    offs = tl.arange(0, FOUND)
-    owner = offs // ROOM
-    count = tl.load(fields + owner * PART_FIELDS + INSIDE, mask=owner < num_splits, other=0.0, cache_modifier=".cg")
-    collected = offs % ROOM < count.to(tl.int32)
-    v = tl.load(values + offs, mask=collected, other=0.0, cache_modifier=".cg")
-    key = tl.where(collected, sort_key(v), NO_KEY)
+    slot = tl.arange(0, ROOM)[None, :]
+    collected = slot < inside[:, None]
+    v = tl.load(values + splits[:, None] * ROOM + slot, mask=collected, other=0.0, cache_modifier=".cg")
+    # Their order does not matter.
+    key = tl.reshape(tl.where(collected, sort_key(v), NO_KEY), [FOUND], can_reorder=True)
     fits = tl.max(inside, 0) <= ROOM
     kept = tl.full((), 0.0, tl.float32)
     if MASS:

@@ -24,6 +24,8 @@ from flashinfer.ops.sampling.triton.search import (
     settle,
 )
 
+# Groups of the sample that tells where a floor probably lies.
+SAMPLE_GROUPS = tl.constexpr(128)
 # Of a row's search: the interval (LOW, HIGH] its floor is guessed to lie in, and (BOTTOM, PEAK] that is sure; whether
 # there is one; how many tokens are kept; how many splits have done their part.
 SEARCH_FIELDS = tl.constexpr(8)
@@ -116,7 +118,7 @@ def threshold_kernel(
                 if MASS:
                     # Tokens below (1 - p) / vocab of the total can all be dropped and p is still there.
                     bottom = tl.maximum(sort_key(light / vocab * 0.999), lowest) - 1
-                low, high = guess_interval(x, vocab, num_groups, shift, light, whole, bottom, peak, MASS, LOGITS, cut)
+                low, high = guess_interval(x, vocab, num_groups, shift, light, whole, bottom, peak, MASS, SAMPLE_GROUPS, LOGITS, cut)
                 tl.store(search[0] + row * SEARCH_FIELDS + LOW, low)
                 tl.store(search[0] + row * SEARCH_FIELDS + HIGH, high)
                 tl.store(search[0] + row * SEARCH_FIELDS + BOTTOM, bottom)
