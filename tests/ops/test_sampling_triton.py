@@ -178,7 +178,7 @@ def test_fewer_possible_tokens_than_top_k(device: str) -> None:
     """Tokens of -inf are not drawn to make up the number."""
     x = torch.full((3, LARGE), -torch.inf, device=device)
     x[:, [4, LARGE - 1]] = 2.0
-    # The last: more than there are groups, of which enough are expected to be guessed at, see `bracket`.
+    # The last: more than there are groups, of few enough for a guess.
     for filters in (Filters(50, 0.9), Filters(top_k=5000), Filters(top_p=0.99), Filters(LARGE // 30)):
         tokens, valid = sample(x, True, filters, Draws(fresh_seed(), 0, 3))
         assert valid.all()

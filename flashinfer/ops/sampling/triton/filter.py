@@ -28,6 +28,7 @@ from flashinfer.ops.sampling.triton.rows import (
     uniform_wide,
     weight_of,
 )
+from flashinfer.ops.sampling.triton.search import guess_interval
 
 # Draws of a sample: pivots take 0 to 3 (0 is the unfiltered draw), min_p 0 to 15, candidates those from 16 on, open
 # rows those from 128 on.
@@ -36,6 +37,27 @@ CANDIDATE_DRAW = tl.constexpr(16)
 MAX_ROUNDS = tl.constexpr(64)
 # Groups that hold the nucleus of most rows of a language model.
 HEAD_GROUPS = tl.constexpr(128)
+# Rows with a smaller top_p that are too wide to be held are searched for their floor: so few would a pivot pass. With a
+# larger one the guess may hold more than there is room for.
+MOST_SEARCHED = tl.constexpr(0.25)
+# Groups of the sample that tells where; more spill registers.
+FILTER_SAMPLE = tl.constexpr(64)
+# The state of a row, ints and floats from 4 on, behind four pivots; PEAK: key of its largest number.
+STATE_FIELDS = tl.constexpr(16)
+FLOOR = tl.constexpr(4)
+OPEN = tl.constexpr(5)
+ARRIVED = tl.constexpr(6)
+LOW = tl.constexpr(7)
+HIGH = tl.constexpr(8)
+BOTTOM = tl.constexpr(9)
+PEAK = tl.constexpr(10)
+WANTED = tl.constexpr(11)
+LIMIT = tl.constexpr(4)
+SHIFT = tl.constexpr(5)
+TOP_P = tl.constexpr(6)
+# What OPEN says: pivots tell, or the floor has to be found first.
+PIVOTS_ONLY = tl.constexpr(1)
+SEARCHED = tl.constexpr(2)
 
 
 @triton.jit
@@ -70,98 +92,6 @@ def gather(x, vocab, group_key, low, slots, LOGITS: tl.constexpr, cut: tl.conste
 
 
 @triton.jit
-def scan_between(x, vocab, shift, low, high, slots, LOGITS: tl.constexpr, cut: tl.constexpr, SCAN: tl.constexpr):
-    """`gather` of keys in [low, high), by reading the whole row.
-
-    Returns (how many there are; how many lie at or above `high`, and their weight).
-    """
-    count = tl.full((), 0, tl.int32)
-    higher = tl.full((), 0, tl.int32)
-    mass = tl.full((), 0.0, tl.float32)
-    for begin in range(0, vocab, SCAN):
-        offs = begin + tl.arange(0, SCAN)
-        v = read(x, offs, vocab, LOGITS)
-        key = tl.where(offs < vocab, sort_key(v), NO_KEY)
-        higher += tl.sum((key >= high).to(tl.int32), 0)
-        mass += tl.sum(tl.where(key >= high, weight_of(v, shift, LOGITS), 0.0), 0)
-        keep = (key >= low) & (key < high)
-        position = count + tl.cumsum(keep.to(tl.int32), 0) - 1
-        count += tl.sum(keep.to(tl.int32), 0)
-        keep &= position < cut.candidates
-        tl.store(slots[1] + position, v, mask=keep)
-        tl.store(slots[2] + position, offs, mask=keep)
-    tl.debug_barrier()
-    return count, higher, mass
-
-
-@triton.jit
-def scan_for_kth(x, vocab, k, low, high, LOGITS: tl.constexpr, SCAN: tl.constexpr):
-    """A key with k numbers of the row at or above it, that of the k-th if more are, by halving: at most 33 reads."""
-    offs_scan = tl.arange(0, SCAN)
-    low = low.to(tl.int64)
-    high = high.to(tl.int64)
-    at_low = vocab
-    while (high - low > 1) & (at_low > k):
-        middle = (low + high) >> 1
-        hits = tl.zeros([SCAN], tl.int32)
-        for begin in range(0, vocab, SCAN):
-            key = sort_key(read(x, begin + offs_scan, vocab, LOGITS))
-            hits += ((key >= middle.to(tl.int32)) & (begin + offs_scan < vocab)).to(tl.int32)
-        count = tl.sum(hits, 0)
-        if count >= k:
-            low = middle
-            at_low = count
-        else:
-            high = middle
-    return low.to(tl.int32)
-
-
-@triton.jit
-def scan_weight(x, vocab, shift, low, LOGITS: tl.constexpr, SCAN: tl.constexpr):
-    """Weight of the row's tokens with keys at or above `low`: one read."""
-    offs_scan = tl.arange(0, SCAN)
-    weight = tl.zeros([SCAN], tl.float32)
-    for begin in range(0, vocab, SCAN):
-        v = read(x, begin + offs_scan, vocab, LOGITS)
-        weight += tl.where(sort_key(v) >= low, weight_of(v, shift, LOGITS), 0.0)
-    return tl.sum(weight, 0)
-
-
-@triton.jit
-def bracket(group_key, k, vocab, lowest, cut: tl.constexpr):
-    """Keys [low, high) to look for the k-th largest number in; for k = vocab, the key where the heaviest groups begin.
-
-    With at least k groups, the k-th largest maximum is at or below it, and high is open. With fewer, were the numbers
-    in random order, a share 1 - (1 - k/vocab)^group of all groups would reach it: a guess of four deviations around.
-    """
-    num_groups = tl.sum((group_key != NO_KEY).to(tl.int32), 0)
-    low_rank = k.to(tl.int32)
-    high_rank = tl.full((), 0, tl.int32)
-    if k > num_groups:
-        low_rank = tl.full((), 0, tl.int32)
-        if vocab > cut.candidates:
-            if k >= vocab:
-                low_rank = tl.minimum(num_groups, HEAD_GROUPS)
-            else:
-                share = 1.0 - tl.exp2(tl.log2(1.0 - k.to(tl.float32) / vocab) * cut.group)
-                rank = num_groups * share
-                margin = 4.0 * tl.sqrt(rank * (1.0 - share)) + 1.0
-                if rank + margin < num_groups:
-                    low_rank = (rank + margin).to(tl.int32)
-                    high_rank = tl.maximum(rank - margin, 1.0).to(tl.int32)
-    low = lowest
-    high = tl.full((), TOP_KEY, tl.int32)
-    bottom = tl.full((), NO_KEY, tl.int32)
-    top = tl.full((), TOP_KEY, tl.int32)
-    # A loop, so that the search is compiled once.
-    for step in range((low_rank > 0).to(tl.int32) + (high_rank > 0).to(tl.int32)):
-        edge = kth_largest_key(group_key, tl.where(step == 0, low_rank, high_rank), bottom, top)
-        high = tl.where(step == 0, high, tl.maximum(edge, low))
-        low = tl.where(step == 0, tl.maximum(edge, lowest), low)
-    return low, high
-
-
-@triton.jit
 def hold(
     x,
     vocab,
@@ -176,53 +106,48 @@ def hold(
     NUCLEUS: tl.constexpr,
     LOGITS: tl.constexpr,
     cut: tl.constexpr,
-    SCAN: tl.constexpr,
 ):
-    """(floor: the key from which on tokens are kept; their weight; how many candidates hold them, -1 if they do not).
+    """(floor: the key from which on tokens are kept; their weight; how many candidates hold them; a bound of it).
 
-    k < vocab (with TOP_K): those that top_k keeps, and all that equal the last of them; right in any case. k = vocab
-    (with NUCLEUS): the heaviest tokens, if they weigh `limit`. stats: groups' maxima, sums, offsets, mask.
+    k < vocab (with TOP_K): those that top_k keeps, and all that equal the last of them. k = vocab (with NUCLEUS): the
+    heaviest tokens, if they weigh `limit`. -1 candidates: they are too many, and no floor is known. stats: groups'
+    maxima, sums, offsets, mask.
     """
-    low, high = bracket(group_key, k, vocab, lowest, cut)
-    above = tl.full((), 0, tl.int32)
-    mass = tl.full((), 0.0, tl.float32)
-    hopeless = high != high
+    num_groups = tl.sum((group_key != NO_KEY).to(tl.int32), 0)
+    rank = tl.where(k < vocab, k, tl.minimum(num_groups, HEAD_GROUPS))
+    low = lowest
+    # With at least k groups, the k-th largest maximum is at or below the k-th largest number.
+    if (rank <= num_groups) & ((k < vocab) | (vocab > cut.candidates)):
+        bottom = tl.full((), NO_KEY, tl.int32)
+        top = tl.full((), TOP_KEY, tl.int32)
+        low = tl.maximum(kth_largest_key(group_key, rank, bottom, top), lowest)
+    # Above the median maximum lie about 0.7 numbers a group, above lower ones soon more than candidates.
+    hopeless = (k < vocab) & (2 * k > num_groups) & (vocab > cut.candidates)
     if NUCLEUS:
         if k >= vocab:
             # Not even all of these groups weigh enough: spare reading them.
             weight, _shift = group_weights(stats[0], stats[1], stats[2], stats[3], LOGITS)
             hopeless = tl.sum(tl.where(group_key >= low, weight, 0.0), 0) < limit
-    if hopeless:
-        count = tl.full((), cut.candidates + 1, tl.int32)
-    elif high == TOP_KEY:
+    count = tl.full((), cut.candidates + 1, tl.int32)
+    if hopeless == 0:
         count = gather(x, vocab, group_key, low, slots, LOGITS, cut)
-    else:
-        count, above, mass = scan_between(x, vocab, shift, low, high, slots, LOGITS, cut, SCAN)
     floor = lowest
-    mass_kept = tl.full((), 0.0, tl.float32)
+    kept = tl.full((), 0.0, tl.float32)
     held = tl.full((), -1, tl.int32)
-    if NUCLEUS:
-        if (k >= vocab) & (count <= cut.candidates):
-            _keys, share = candidates(slots, count, shift, LOGITS, cut)
-            mass_kept = tl.sum(share, 0)
-            if (mass_kept >= limit) | (low == lowest):
+    if count <= cut.candidates:
+        key, share = candidates(slots, count, shift, LOGITS, cut)
+        if TOP_K:
+            if k < vocab:
+                floor = kth_largest_key(key, k, low, tl.full((), TOP_KEY, tl.int32))
+                kept = tl.sum(tl.where(key >= floor, share, 0.0), 0)
                 held = count
-                floor = low
-    if TOP_K:
-        if k < vocab:
-            if (count <= cut.candidates) & (above < k) & ((above + count >= k) | (low == lowest)):
-                key, share = candidates(slots, count, shift, LOGITS, cut)
-                floor = kth_largest_key(key, k - above, low, high)
-                mass_kept = mass + tl.sum(tl.where(key >= floor, share, 0.0), 0)
-                if high == TOP_KEY:
+        if NUCLEUS:
+            if k >= vocab:
+                kept = tl.sum(share, 0)
+                if (kept >= limit) | (low == lowest):
+                    floor = low
                     held = count
-            else:
-                # A guess may be wrong on either side; a bound may not.
-                bottom = tl.where(high == TOP_KEY, low, lowest)
-                peak = tl.max(group_key, 0) + 1
-                floor = scan_for_kth(x, vocab, k, bottom, peak, LOGITS, SCAN)
-                mass_kept = scan_weight(x, vocab, shift, floor, LOGITS, SCAN)
-    return floor, mass_kept, held
+    return floor, kept, held, low
 
 
 @triton.jit
@@ -262,31 +187,57 @@ def draw_candidate(slots, key, weight, limit, random, sample, cut: tl.constexpr)
 
 @triton.jit
 def draw_pivots(
-    x, vocab, weight, offs_group, random, sample, NUM: tl.constexpr, LOGITS: tl.constexpr, cut: tl.constexpr
+    x, vocab, weight, offs_group, random, sample, first, NUM: tl.constexpr, LOGITS: tl.constexpr, cut: tl.constexpr
 ):
-    """Independent draws from groups of that weight, draws 0 to NUM - 1: (tokens, their numbers), `[NUM]`."""
+    """Independent draws from groups of that weight, `first` and those after it: (tokens, their numbers), `[NUM]`."""
     keys, seed_low, seed_high, offset_low, offset_high = random
-    draw = tl.arange(0, NUM)
+    lane = tl.arange(0, NUM)
+    draw = lane + first
     a, b, c, _d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
     wide = uniform_wide(a, b)
     total = tl.sum(weight, 0)
     last = tl.max(tl.where(weight > 0, offs_group, 0), 0)
     # A group without weight is below every target: so the weights themselves are not held on.
     running = tl.where(weight > 0, tl.cumsum(weight, 0), -1.0)
-    group = draw * 0
+    group = lane * 0
     for i in range(NUM):
-        u = tl.sum(tl.where(draw == i, wide, 0.0), 0)
-        first = tl.min(tl.where(running > u * total, offs_group, TOP_KEY), 0)
-        group = tl.where(draw == i, tl.where(first == TOP_KEY, last, first), group)
+        u = tl.sum(tl.where(lane == i, wide, 0.0), 0)
+        at = tl.min(tl.where(running > u * total, offs_group, TOP_KEY), 0)
+        group = tl.where(lane == i, tl.where(at == TOP_KEY, last, at), group)
     offs = group_offsets(group, cut)
     v = read(x, offs, vocab, LOGITS)
     w = weight_of(v, tl.max(v, 1)[:, None], LOGITS)
     element = tl.arange(0, cut.group)[None, :]
     target = uniform_narrow(c) * tl.sum(w, 1)
-    first = tl.min(tl.where((tl.cumsum(w, 1) > target[:, None]) & (w > 0), element, TOP_KEY), 1)
+    chosen = tl.min(tl.where((tl.cumsum(w, 1) > target[:, None]) & (w > 0), element, TOP_KEY), 1)
     last = tl.max(tl.where(w > 0, element, 0), 1)
-    at = element == tl.where(first == TOP_KEY, last, first)[:, None]
-    return tl.sum(tl.where(at, offs, 0), 1), tl.max(tl.where(at, v, NEG_INF), 1)
+    here = element == tl.where(chosen == TOP_KEY, last, chosen)[:, None]
+    return tl.sum(tl.where(here, offs, 0), 1), tl.max(tl.where(here, v, NEG_INF), 1)
+
+
+@triton.jit
+def draw_hopeful_pivots(
+    x, vocab, weight, offs_group, random, sample, low, turns, LOGITS: tl.constexpr, cut: tl.constexpr
+):
+    """The first four of 4 * turns draws whose keys lie above `low`, which no other passes: (tokens, their numbers).
+
+    Fewer leave -inf behind them.
+    """
+    order = tl.arange(0, NUM_PIVOTS)
+    tokens = order * 0
+    pivots = tl.full([NUM_PIVOTS], NEG_INF, tl.float32)
+    found = tl.full((), 0, tl.int32)
+    for turn in range(turns):
+        first = turn * NUM_PIVOTS
+        drawn, numbers = draw_pivots(x, vocab, weight, offs_group, random, sample, first, NUM_PIVOTS, LOGITS, cut)
+        hopeful = (sort_key(numbers) > low).to(tl.int32)
+        before = tl.sum(tl.where(order[None, :] < order[:, None], hopeful[None, :], 0), 1)
+        place = tl.where(hopeful != 0, found + before, -1)
+        mine = order[:, None] == place[None, :]
+        tokens += tl.sum(tl.where(mine, drawn[None, :], 0), 1)
+        pivots = tl.maximum(pivots, tl.max(tl.where(mine, numbers[None, :], NEG_INF), 1))
+        found += tl.sum(hopeful, 0)
+    return tokens, pivots
 
 
 @triton.jit
@@ -333,7 +284,6 @@ def filter_kernel(
     PER_SAMPLE: tl.constexpr,
     LOGITS: tl.constexpr,
     cut: tl.constexpr,
-    SCAN: tl.constexpr,
 ):
     """Grid: samples. One draw each from the row's tokens that pass; see `resolve_kernel` for those left open.
 
@@ -375,19 +325,23 @@ def filter_kernel(
             p = tl.load(top_p + row).to(tl.float32)
     usable = (total > 0) & (total < float("inf"))
     floor = lowest
+    bound = lowest
     limit = tl.full((), float("inf"), tl.float32)
     held = tl.full((), -1, tl.int32)
+    searched = k < 0
     if usable:
         unlimited = p >= 1.0
         if (k < vocab) | (unlimited == 0):
             TOP_K: tl.constexpr = KIND != "p"
             mass = (p * total).to(tl.float32)
             stats = (group_max, group_sum, offs_stats, mask)
-            floor, share, held = hold(
-                x, vocab, shift, group_key, k, mass, lowest, slots, stats, TOP_K, KIND != "k", LOGITS, cut, SCAN
+            floor, share, held, bound = hold(
+                x, vocab, shift, group_key, k, mass, lowest, slots, stats, TOP_K, KIND != "k", LOGITS, cut
             )
+            # Of most rows with a small top_p no pivot would pass.
+            searched = (k < vocab) if KIND != "p" else (p < MOST_SEARCHED)
             if unlimited == 0:
-                limit = tl.where(k < vocab, p * share, mass) if KIND == "kp" else mass
+                limit = tl.where((k < vocab) & (held >= 0), p * share, mass) if KIND == "kp" else mass
     token = tl.full((), 0, tl.int32)
     is_open = tl.full((), 0, tl.int32)
     if held >= 0:
@@ -396,32 +350,51 @@ def filter_kernel(
     elif usable:
         # Read again rather than held in registers all the while.
         weight, shift = group_weights(group_max, group_sum, offs_stats, mask, LOGITS)
-        pivot_tokens, pivots = draw_pivots(x, vocab, weight, offs_group, random, sample, NUM_PIVOTS, LOGITS, cut)
+        group_high = tl.load(group_max + offs_stats, mask=mask, other=NEG_INF)
+        floats = scratch[3] + wide_sample * STATE_FIELDS
+        ints = scratch[4] + wide_sample * STATE_FIELDS
+        peak = sort_key(tl.max(group_high, 0))
+        low = tl.full((), NO_KEY, tl.int32)
+        turns = tl.full((), 1, tl.int32)
+        is_open = tl.full((), PIVOTS_ONLY, tl.int32)
+        if searched:
+            MASS: tl.constexpr = KIND == "p"
+            whole = total.to(tl.float32) if MASS else tl.cast(vocab, tl.float32)
+            light = whole - (limit if MASS else k.to(tl.float32))
+            bottom = lowest - 1 if MASS else bound - 1
+            low, high = guess_interval(x, vocab, num_groups, shift, light, whole, bottom, peak, MASS, FILTER_SAMPLE, LOGITS, cut)
+            tl.store(ints + LOW, low)
+            tl.store(ints + HIGH, high)
+            tl.store(ints + BOTTOM, bottom)
+            tl.store(ints + PEAK, peak)
+            tl.store(ints + WANTED, k)
+            is_open = tl.full((), SEARCHED, tl.int32)
+            turns = tl.full((), 4, tl.int32)
+        pivot_tokens, pivots = draw_hopeful_pivots(
+            x, vocab, weight, offs_group, random, sample, low, turns, LOGITS, cut
+        )
         order = tl.arange(0, NUM_PIVOTS)
         # The first pivot that passes is the answer, unless one before it may pass as well.
-        is_open = tl.full((), 1, tl.int32)
-        searching = tl.full((), 1, tl.int32)
+        searching = (is_open == PIVOTS_ONLY).to(tl.int32)
         for i in range(NUM_PIVOTS):
             if searching != 0:
                 pivot = tl.max(tl.where(order == i, pivots, NEG_INF), 0)
-                in_reach = sort_key(pivot) >= floor
                 least, most = weight_above(pivot, group_max, group_tail, offs_stats, mask, weight, shift, LOGITS, cut)
-                if in_reach & ((most < limit) | (most <= 0)):
+                if (most < limit) | (most <= 0):
                     token = tl.sum(tl.where(order == i, pivot_tokens, 0), 0)
                     is_open = tl.full((), 0, tl.int32)
                     searching = tl.full((), 0, tl.int32)
-                elif in_reach & (least < limit * 1.0001):
+                elif least < limit * 1.0001:
                     searching = tl.full((), 0, tl.int32)
-        floats = scratch[3] + wide_sample * 8
-        ints = scratch[4] + wide_sample * 8
         tl.store(floats + order, pivots)
         tl.store(ints + order, pivot_tokens)
-        tl.store(floats + 4, limit)
-        tl.store(floats + 5, shift)
-        tl.store(floats + 6, tl.max(group_high, 0))
-        tl.store(ints + 4, floor)
-        tl.store(ints + 6, 0)
-    tl.store(scratch[4] + wide_sample * 8 + 5, is_open)
+        tl.store(floats + LIMIT, limit)
+        tl.store(floats + SHIFT, shift)
+        tl.store(floats + TOP_P, p)
+        tl.store(ints + FLOOR, lowest)
+        tl.store(ints + PEAK, peak)
+        tl.store(ints + ARRIVED, 0)
+    tl.store(scratch[4] + wide_sample * STATE_FIELDS + OPEN, is_open)
     tl.store(tokens + sample, token.to(tokens.dtype.element_ty))
     if valid is not None:
         tl.store(valid + sample, usable.to(tl.int8))

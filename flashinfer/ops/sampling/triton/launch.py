@@ -17,28 +17,43 @@ from flashinfer.ops.sampling.triton.min_p import min_p_kernel
 from flashinfer.ops.sampling.triton.resolve import resolve_kernel
 from flashinfer.ops.sampling.triton.rows import NO_RESIDUAL, STATS_WARPS, VECTOR_BYTES, Cut, Keys, Residual, cut_of
 from flashinfer.ops.sampling.triton.scratch import Scratch
-from flashinfer.ops.sampling.triton.softmax import softmax_rows_kernel, softmax_state_kernel, softmax_write_kernel
-from flashinfer.ops.sampling.triton.threshold import apply_kernel, collect_kernel, settle_kernel, threshold_kernel
+from flashinfer.ops.sampling.triton.softmax import (
+    clear_kernel,
+    softmax_held_kernel,
+    softmax_state_kernel,
+    softmax_write_kernel,
+)
+from flashinfer.ops.sampling.triton.threshold import apply_kernel, search_kernel, threshold_kernel
 
 SCAN = 2048
-# More makes the kernel that also draws spill registers on sm_120.
-FILTER_SCAN = 1024
+# What one program reads at a time of the rows that min_p leaves to it; more spills registers on sm_120.
+MIN_P_SCAN = 1024
 # What the sixteen warps of a program that resolves open rows read at a time: half where rows begin off 16 bytes.
 RESOLVE_SCAN = 4096
-# Tokens that are collected of a row to find top_p's threshold among.
-FOUND = 16384
-# Into how many parts a row is cut for that, and how many lists a part has, one for each thread.
-COLLECT_SPLITS = 4
-COLLECT_LISTS = 128
+RESOLVE_WARPS = 16
+RESOLVE_PROGRAMS = 8
+# Numbers that are collected of a row to find its threshold among; of a flat row at top_p 0.5, 6,700 (simulated).
+FOUND = 8192
+# What is read at a time for that, how many such tiles are on their way at once, and programs a multiprocessor.
+COLLECT_SCAN = 2048
+COLLECT_STAGES = 3
+COLLECT_PROGRAMS = 8
+COLLECT_WARPS = 8
 SEARCH_FIELDS = 8
-STATE_FIELDS = 8
+STATE_FIELDS = 16
+PART_FIELDS = 8
 # Two programs of eight warps a multiprocessor. Stated, since ptxas would else spill a few bytes to fit a third.
 REGISTERS = {"maxnreg": 128}
 SOFTMAX_TILE = 4096
-# Of a row that one program does: what stays in its registers (32 of 128 a thread), and what is read at a time.
-SOFTMAX_HELD = 16384
-SOFTMAX_ROW_TILE = 4096
-SOFTMAX_STAGES = 4
+# Of many rows: the most that a program holds of one (two of them at a time, 64 of 128 registers), how many programs a
+# multiprocessor has, and how often one looks whether the others' sums are there, some 50 us in all.
+SOFTMAX_PART = 8192
+SOFTMAX_WARPS = 8
+SOFTMAX_PROGRAMS = 2
+SOFTMAX_POLLS = 64
+# So that several rows are held on a GPU at a time.
+SOFTMAX_MOST_PARTS = 64
+CLEAR = 1024
 APPLY_TILE = 4096
 
 _stats = Prebound(group_stats_kernel)
@@ -46,12 +61,12 @@ _draw = Prebound(draw_kernel)
 _filter = Prebound(filter_kernel)
 _min_p = Prebound(min_p_kernel)
 _resolve = Prebound(resolve_kernel)
-_softmax_rows = Prebound(softmax_rows_kernel)
+_clear = Prebound(clear_kernel)
+_softmax_held = Prebound(softmax_held_kernel)
 _softmax_state = Prebound(softmax_state_kernel)
 _softmax_write = Prebound(softmax_write_kernel)
 _threshold = Prebound(threshold_kernel)
-_collect = Prebound(collect_kernel)
-_settle = Prebound(settle_kernel)
+_search = Prebound(search_kernel)
 _apply = Prebound(apply_kernel)
 
 
@@ -253,7 +268,7 @@ def _draw_filtered(
         (
             *(x, rows, *stats.tensors, *random, *top_k, *top_p),
             *((*slots_of(scratch, cut, num_samples), floats, ints), tokens, _bytes(out.valid)),
-            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut, FILTER_SCAN),
+            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut),
         ),
         x.device,
         num_warps=cut.num_warps,
@@ -273,7 +288,7 @@ def _launch_min_p(
         (*key, _kinds(rows, min_p[0]), alignment(x, rows, min_p[0])),  # type: ignore
         (
             *(x, rows, *stats.tensors[:2], *random, *min_p, slots_of(scratch, cut, draws.num_samples)),
-            *(out.tokens, _bytes(out.valid), x.stride(0), x.shape[1], stats.num_groups, per_sample, cut, FILTER_SCAN),
+            *(out.tokens, _bytes(out.valid), x.stride(0), x.shape[1], stats.num_groups, per_sample, cut, MIN_P_SCAN),
         ),
         x.device,
         num_warps=cut.num_warps,
@@ -296,38 +311,37 @@ def _launch_resolve(
 ) -> None:
     """Draw for the rows that are left open; most rows are not, so open ones are cut finely."""
     num_samples, vocab_size, rows, tokens = draws.num_samples, x.shape[1], draws.indices, out.tokens
-    random, limited = random_of(draws), kind != "k"
+    random = random_of(draws)
     scan = RESOLVE_SCAN if x.stride(0) * x.element_size() % VECTOR_BYTES == 0 else RESOLVE_SCAN // 2
-    tiles = triton.cdiv(vocab_size, scan)
-    splits, per_split = splits_of(num_samples, tiles, 8 * arch_of(x.device).num_sms) if limited else (1, tiles)
-    partial = scratch.empty((num_samples, splits, 4), torch.float32) if limited else None
+    splits, per_split = splits_of(num_samples, triton.cdiv(vocab_size, scan), RESOLVE_PROGRAMS * arch_of(x.device).num_sms)
+    partial = scratch.empty((num_samples, splits, PART_FIELDS), torch.float32)
+    found = scratch.empty((num_samples, FOUND), torch.float32)
     block = triton.next_power_of_2(splits)
     key = (x.dtype, x.stride(0), vocab_size, logits, random.key, tokens.dtype, alignment(x, rows), scan)
     _resolve(
         (num_samples * splits, 1, 1),
-        (key, limited, block, None if rows is None else rows.dtype),
+        (key, kind, block, None if rows is None else rows.dtype),
         (
-            *(x, rows, *random, state, partial, tokens, x.stride(0), vocab_size, splits, per_split),
-            *(limited, block, logits, scan),
+            *(x, rows, *random, state, partial, found, tokens, x.stride(0), vocab_size, splits, per_split),
+            *(kind, block, FOUND, COLLECT_STAGES, logits, scan),
         ),
         x.device,
-        num_warps=16,
+        num_warps=RESOLVE_WARPS,
         **REGISTERS,
     )
 
 
 def softmax(out: torch.Tensor, logits: torch.Tensor, temperature: Parameter, buffer: torch.Tensor | None) -> int:
-    """fp32 softmax; one program a row once there are rows enough for every multiprocessor."""
+    """fp32 softmax; in one read once there are rows enough for every multiprocessor."""
     num_rows, vocab_size = logits.shape
     scratch = Scratch(logits, buffer)
     pointer, value = pointer_and_value(temperature, 1.0)
     key = (logits.dtype, logits.stride(0), vocab_size, _kinds(pointer), alignment(logits, pointer))  # type: ignore
     sizes = (pointer, value, logits.stride(0), vocab_size)
     num_sms = arch_of(logits.device).num_sms
-    if num_rows >= num_sms:
-        arguments = (logits, out, *sizes, SOFTMAX_HELD, SOFTMAX_ROW_TILE, SOFTMAX_STAGES)
-        _softmax_rows((num_rows, 1, 1), key, arguments, logits.device, num_warps=16, **REGISTERS)
-        return 0
+    if num_rows >= num_sms and vocab_size <= SOFTMAX_MOST_PARTS * SOFTMAX_PART:
+        _softmax_by_parts(out, logits, sizes, key, scratch)
+        return scratch.needed
     tiles = triton.cdiv(vocab_size, SOFTMAX_TILE)
     splits, per_split = splits_of(num_rows, tiles, 4 * num_sms)
     state = scratch.empty((num_rows, splits, 2), torch.float32)
@@ -337,6 +351,34 @@ def softmax(out: torch.Tensor, logits: torch.Tensor, temperature: Parameter, buf
     arguments = (logits, out, state, *sizes, splits, tiles, block, SOFTMAX_TILE)
     _softmax_write((num_rows * tiles, 1, 1), (key, block), arguments, logits.device, num_warps=8)
     return scratch.needed
+
+
+def parts_of(vocab_size: int) -> tuple[int, int]:
+    """(parts of a row, numbers of a part): as even as 16-byte loads allow."""
+    parts = triton.cdiv(vocab_size, SOFTMAX_PART)
+    return parts, triton.cdiv(triton.cdiv(vocab_size, parts), VECTOR_BYTES) * VECTOR_BYTES
+
+
+def _softmax_by_parts(
+    out: torch.Tensor,
+    logits: torch.Tensor,
+    sizes: tuple[object, ...],
+    key: Hashable,
+    scratch: Scratch,
+) -> None:
+    """Many rows, in one read."""
+    num_rows, vocab_size = logits.shape
+    parts, part_size = parts_of(vocab_size)
+    rows_at_once = min(num_rows, max(1, SOFTMAX_PROGRAMS * arch_of(logits.device).num_sms // parts))
+    state = scratch.empty((num_rows, parts, 2), torch.float32)
+    arrived = scratch.empty((num_rows,), torch.int32)
+    _clear((triton.cdiv(num_rows, CLEAR), 1, 1), alignment(arrived), (arrived, num_rows, CLEAR), logits.device)
+    # The interpreter runs one program after the other: nobody comes while one looks.
+    polls = 0 if logits.is_cpu else SOFTMAX_POLLS
+    blocks = (triton.next_power_of_2(parts), triton.next_power_of_2(part_size), polls)
+    arguments = (logits, out, state, arrived, *sizes, num_rows, parts, part_size, *blocks)
+    grid = (rows_at_once * parts, 1, 1)
+    _softmax_held(grid, (key, blocks), arguments, logits.device, num_warps=SOFTMAX_WARPS, **REGISTERS)
 
 
 class Thresholds(NamedTuple):
@@ -363,7 +405,7 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, 
     found = Thresholds(scratch.empty((num_rows,), torch.int32), scratch.empty((num_rows,), torch.float32))
     slots = slots_of(scratch, cut, num_rows)
     search = None
-    if kind == "p":
+    if kind != "min_p":
         search = scratch.empty((num_rows, SEARCH_FIELDS), torch.int32), scratch.empty((num_rows,), torch.float32)
     pointer, value = pointer_and_value(parameter, vocab_size if top_k else 1.0, vocab_size if top_k else None)
     key = (x.dtype, x.stride(0), vocab_size, logits, cut, alignment(x))
@@ -380,25 +422,34 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, 
     )
     if search is None:
         return found
-    _search(x, search, found, scratch)
+    _launch_search(x, search, found, kind, logits, scratch)
     return found
 
 
-def _search(x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds, scratch: Scratch) -> None:
-    """Find top_p's threshold in open rows."""
+def _launch_search(
+    x: torch.Tensor,
+    search: tuple[torch.Tensor, torch.Tensor],
+    found: Thresholds,
+    kind: str,
+    logits: bool,
+    scratch: Scratch,
+) -> None:
+    """Find the thresholds of open rows."""
     num_rows, vocab_size = x.shape
-    # Finer parts would leave each list so little room that chance may fill it.
-    splits, per_split = splits_of(1, triton.cdiv(vocab_size, SCAN), COLLECT_SPLITS)
+    tiles = triton.cdiv(vocab_size, COLLECT_SCAN)
+    splits, per_split = splits_of(num_rows, tiles, COLLECT_PROGRAMS * arch_of(x.device).num_sms)
     block = triton.next_power_of_2(splits)
+    partial = scratch.empty((num_rows, splits, PART_FIELDS), torch.float32)
     collected = scratch.empty((num_rows, FOUND), torch.float32)
-    sums = scratch.empty((num_rows, 3, block, COLLECT_LISTS), torch.float32)
-    key = (x.dtype, x.stride(0), vocab_size, block, alignment(x))
-    sizes = (x.stride(0), vocab_size, splits)
-    form = (block, FOUND, COLLECT_LISTS, False, SCAN)
-    arguments: tuple[object, ...] = (x, search, collected, sums, *sizes, per_split, *form)
-    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=COLLECT_LISTS // 32)
-    arguments = (x, *found, search, collected, sums, *sizes, *form)
-    _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=16, **REGISTERS)
+    form = (kind == "p", block, FOUND, COLLECT_STAGES, logits, COLLECT_SCAN)
+    _search(
+        (num_rows * splits, 1, 1),
+        (x.dtype, x.stride(0), vocab_size, form, alignment(x)),
+        (x, *found, search, partial, collected, x.stride(0), vocab_size, splits, per_split, *form),
+        x.device,
+        num_warps=COLLECT_WARPS,
+        **REGISTERS,
+    )
 
 
 def keep(

@@ -64,7 +64,7 @@ def min_p_kernel(
     if usable:
         random = (keys, seed_low, seed_high, offset_low, offset_high)
         likely = tl.where(group_key >= floor, weight, 0.0)
-        drawn, numbers = draw_pivots(x, vocab, likely, offs_group, random, sample, TRIES, False, cut)
+        drawn, numbers = draw_pivots(x, vocab, likely, offs_group, random, sample, 0, TRIES, False, cut)
         order = tl.arange(0, TRIES)
         first = tl.min(tl.where(sort_key(numbers) >= floor, order, TRIES), 0)
         if first < TRIES:
@@ -83,7 +83,9 @@ def min_p_kernel(
                 token = draw_candidate(slots, key, share, unlimited, random, sample, cut)
             else:
                 unknown = tl.full((), -1.0, tl.float32)
-                token = draw_by_scans(x, vocab, 0.0, peak, floor, unknown, unlimited, random, sample, False, SCAN)
+                token = draw_by_scans(
+                    x, vocab, 0.0, sort_key(peak), floor, unknown, unlimited, random, sample, False, SCAN
+                )
     tl.store(tokens + sample, token.to(tokens.dtype.element_ty))
     if valid is not None:
         tl.store(valid + sample, usable.to(tl.int8))

@@ -5,7 +5,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashinfer.ops.sampling.triton.filter import MAX_ROUNDS, NUM_PIVOTS, scan_weight
+from flashinfer.ops.sampling.triton.filter import (
+    ARRIVED,
+    BOTTOM,
+    FLOOR,
+    HIGH,
+    LIMIT,
+    LOW,
+    MAX_ROUNDS,
+    NUM_PIVOTS,
+    OPEN,
+    PEAK,
+    PIVOTS_ONLY,
+    SEARCHED,
+    SHIFT,
+    STATE_FIELDS,
+    TOP_P,
+    WANTED,
+)
 from flashinfer.ops.sampling.triton.rows import (
     NO_KEY,
     TOP_KEY,
@@ -16,6 +33,7 @@ from flashinfer.ops.sampling.triton.rows import (
     uniform_narrow,
     weight_of,
 )
+from flashinfer.ops.sampling.triton.search import PART_FIELDS, collect_part, scan_weight, settle
 
 OPEN_DRAW = tl.constexpr(128)
 
@@ -46,7 +64,7 @@ def draw_above(x, vocab, shift, low, total, u, v, LOGITS: tl.constexpr, SCAN: tl
 def draw_by_scans(x, vocab, shift, peak, low, total, limit, random, sample, LOGITS: tl.constexpr, SCAN: tl.constexpr):
     """A token by rejection over the row itself, two reads a round; after 64 rounds the heaviest.
 
-    total: weight of the tokens with keys at or above `low`; negative if it is not known.
+    total: weight of the tokens with keys at or above `low`; negative if it is not known. peak: the largest key.
     """
     keys, seed_low, seed_high, offset_low, offset_high = random
     if total < 0:
@@ -68,7 +86,7 @@ def draw_by_scans(x, vocab, shift, peak, low, total, limit, random, sample, LOGI
             if (mass < limit) | (mass <= 0) | (mass != mass):
                 searching = 0
             elif rounds >= MAX_ROUNDS:
-                token, key = draw_above(x, vocab, shift, sort_key(peak), total, 0.0, 0.0, LOGITS, SCAN)
+                token, key = draw_above(x, vocab, shift, peak, total, 0.0, 0.0, LOGITS, SCAN)
                 searching = 0
             else:
                 low = key + 1
@@ -98,66 +116,103 @@ def resolve_kernel(
     offset_high,
     state,
     partial,
+    found,
     tokens,
     stride,
     vocab,
     num_splits,
     tiles_per_split,
-    LIMITED: tl.constexpr,
+    KIND: tl.constexpr,
     SPLITS: tl.constexpr,
+    FOUND: tl.constexpr,
+    STAGES: tl.constexpr,
     LOGITS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     """Grid: samples * num_splits; programs of samples that are not open leave at once.
 
-    The splits of a row sum what weighs more than each pivot; the last one to arrive takes the first pivot that passes,
-    or goes on alone. state: floats and ints of `filter_kernel`; partial: fp32 `[samples, num_splits, 4]`. SPLITS:
-    num_splits rounded up to 2^n.
+    The splits of a row sum what weighs more than each pivot, and collect what its floor is searched for among; the
+    last one to arrive takes the first pivot that passes, or goes on alone. state: floats and ints of `filter_kernel`;
+    partial: fp32 `[samples, num_splits, PART_FIELDS]`; found: fp32 `[samples, FOUND]`. SPLITS: num_splits rounded up
+    to 2^n.
     """
     sample = tl.program_id(0) // num_splits
     split = tl.program_id(0) % num_splits
-    floats = state[0] + sample.to(tl.int64) * 8
-    ints = state[1] + sample.to(tl.int64) * 8
-    if tl.load(ints + 5) != 0:
+    floats = state[0] + sample.to(tl.int64) * STATE_FIELDS
+    ints = state[1] + sample.to(tl.int64) * STATE_FIELDS
+    is_open = tl.load(ints + OPEN)
+    if is_open != 0:
         row = sample
         if rows is not None:
             row = tl.load(rows + sample).to(tl.int32)
         x += row.to(tl.int64) * stride
         order = tl.arange(0, NUM_PIVOTS)
-        pivots = tl.load(floats + order)
-        limit = tl.load(floats + 4)
-        shift = tl.load(floats + 5)
-        floor = tl.load(ints + 4)
-        masses = tl.zeros([NUM_PIVOTS], tl.float32)
-        last = split == 0
-        if LIMITED:
-            # Where nothing limits the weight, all pivots lay below the floor: nothing to sum.
-            limited = limit != float("inf")
-            if limited:
-                mine = pivot_masses(x, vocab, shift, pivots, split, tiles_per_split, LOGITS, SCAN)
-                target = partial + (sample.to(tl.int64) * num_splits + split) * NUM_PIVOTS
-                tl.store(target + order, mine)
-                tl.debug_barrier()
-                last = tl.atomic_add(ints + 6, 1, sem="acq_rel", scope="gpu") == num_splits - 1
-                tl.debug_barrier()
-                if last:
-                    splits = tl.arange(0, SPLITS)
-                    offs = (sample.to(tl.int64) * num_splits + splits[:, None]) * NUM_PIVOTS + order[None, :]
-                    parts = tl.load(
-                        partial + offs, mask=(splits < num_splits)[:, None], other=0.0, cache_modifier=".cg"
-                    )
-                    masses = tl.sum(parts, 0)
+        shift = tl.load(floats + SHIFT)
+        fields = partial + sample.to(tl.int64) * num_splits * PART_FIELDS
+        found += sample.to(tl.int64) * FOUND
+        low = tl.load(ints + LOW)
+        high = tl.load(ints + HIGH)
+        mine = fields + split * PART_FIELDS
+        if KIND != "k":
+            masses = pivot_masses(x, vocab, shift, tl.load(floats + order), split, tiles_per_split, LOGITS, SCAN)
+            tl.store(mine + order, masses)
+        if is_open == SEARCHED:
+            ROOM: tl.constexpr = FOUND // SPLITS
+            begin = split * tiles_per_split * SCAN
+            room = found + split * ROOM
+            # Half as much at a time as for the pivots: more spills registers.
+            tiles = 2 * tiles_per_split
+            HALF: tl.constexpr = SCAN // 2
+            collect_part(x, vocab, shift, low, high, begin, tiles, room, mine, ROOM, STAGES, LOGITS, HALF)
+        tl.debug_barrier()
+        last = tl.atomic_add(ints + ARRIVED, 1, sem="acq_rel", scope="gpu") == num_splits - 1
+        tl.debug_barrier()
         if last:
-            key = sort_key(pivots)
+            limit = tl.load(floats + LIMIT)
+            floor = tl.load(ints + FLOOR)
+            peak = tl.load(ints + PEAK)
+            kept = tl.full((), -1.0, tl.float32)
+            if is_open == SEARCHED:
+                interval = (low, high, tl.load(ints + BOTTOM), peak)
+                k = tl.load(ints + WANTED)
+                floor, kept = settle(
+                    x,
+                    vocab,
+                    shift,
+                    found,
+                    fields,
+                    num_splits,
+                    k,
+                    limit,
+                    interval,
+                    KIND == "p",
+                    FOUND,
+                    SPLITS,
+                    LOGITS,
+                    SCAN,
+                )
+                if KIND == "p":
+                    limit = tl.full((), float("inf"), tl.float32)
+                elif KIND == "kp":
+                    p = tl.load(floats + TOP_P)
+                    limit = tl.where(p < 1.0, p * kept, float("inf"))
+            masses = tl.zeros([NUM_PIVOTS], tl.float32)
+            if KIND != "k":
+                splits = tl.arange(0, SPLITS)
+                offs = splits[:, None] * PART_FIELDS + order[None, :]
+                there = (splits < num_splits)[:, None]
+                masses = tl.sum(tl.load(fields + offs, mask=there, other=0.0, cache_modifier=".cg"), 0)
+            key = sort_key(tl.load(floats + order))
             light = (masses < limit) | (masses <= 0)
-            first = tl.min(tl.where((key >= floor) & light, order, NUM_PIVOTS), 0)
+            # Pivots at or below `low` were passed over: where the floor is not above it, none counts.
+            passes = (key >= floor) & light & ((is_open == PIVOTS_ONLY) | (floor > low))
+            first = tl.min(tl.where(passes, order, NUM_PIVOTS), 0)
             if first < NUM_PIVOTS:
                 token = tl.load(ints + first)
             else:
                 above = tl.max(tl.where(light, NO_KEY, tl.minimum(key, TOP_KEY - 1) + 1), 0)
-                low = tl.maximum(floor, above)
-                total = tl.where(above >= floor, tl.min(tl.where(light, float("inf"), masses), 0), -1.0)
+                bound = tl.maximum(floor, above)
+                total = tl.where(above >= floor, tl.min(tl.where(light, float("inf"), masses), 0), kept)
                 random = (keys, seed_low, seed_high, offset_low, offset_high)
-                peak = tl.load(floats + 6)
-                token = draw_by_scans(x, vocab, shift, peak, low, total, limit, random, sample, LOGITS, SCAN)
+                token = draw_by_scans(x, vocab, shift, peak, bound, total, limit, random, sample, LOGITS, SCAN)
             tl.store(tokens + sample, token.to(tokens.dtype.element_ty))

@@ -110,6 +110,12 @@ def sort_key(x):
 
 
 @triton.jit
+def number_of(key):
+    """The fp32 number that `sort_key` made a key of."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def read(x, offs, vocab, LOGITS: tl.constexpr):
     """Tokens `offs` of a row as fp32, cleaned: NaN and what lies outside are -inf among logits, and 0 among probs."""
     if LOGITS:

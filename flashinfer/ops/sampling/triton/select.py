@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from flashinfer.ops.sampling.triton.filter import gather, scan_for_kth
+from flashinfer.ops.sampling.triton.filter import gather
 from flashinfer.ops.sampling.triton.rows import (
     NEG_INF,
     NEG_INF_KEY,
@@ -15,6 +15,7 @@ from flashinfer.ops.sampling.triton.rows import (
     read,
     sort_key,
 )
+from flashinfer.ops.sampling.triton.search import floor_by_scans
 
 
 @triton.jit
@@ -153,8 +154,7 @@ def select_kernel(
             tl.store(out_values + position, v.to(out_values.dtype.element_ty), mask=keep)
             tl.store(out_indices + position, index.to(out_indices.dtype.element_ty), mask=keep)
         else:
-            peak = tl.max(group_key, 0) + 1
-            floor = scan_for_kth(x, length, k, low, peak, True, SCAN)
+            floor = floor_by_scans(x, length, 0.0, k, 0.0, low - 1, tl.max(group_key, 0), False, True, SCAN)
             larger = tl.zeros([SCAN], tl.int32)
             for begin in range(0, length, SCAN):
                 offs = begin + tl.arange(0, SCAN)

@@ -1,8 +1,7 @@
-"""softmax(logits / temperature) in fp32: the rows' maxima and sums in one read, the result in a second one.
+"""softmax(logits / temperature) in fp32: the rows' maxima and sums, then the result.
 
-With few rows several programs share one. With many a program keeps its row to itself: the row's beginning stays in its
-registers, and the rest is read backwards the second time, so that what it read last, which the L2 cache still holds,
-comes first.
+With few rows several programs share one, and the second read comes from the L2 cache. With many, the programs on the
+GPU together hold some rows in their registers, a part each, and tell each other what their parts sum to: one read.
 """
 
 from __future__ import annotations
@@ -58,29 +57,118 @@ def write_tile(x, out, begin, vocab, peak, share, scale, TILE: tl.constexpr):
     tl.store(out + offs, power(v - peak, scale) * share, mask=offs < vocab)
 
 
-@triton.jit(do_not_specialize=["value"])
-def softmax_rows_kernel(
-    x, out, temperature, value, stride, vocab, HELD: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr
-):
-    """Grid: rows. temperature: `[rows]` or None for the value.
+@triton.jit
+def part_state(v, scale):
+    """`combine` of one logit each."""
+    peak = tl.max(v, 0)
+    base = tl.where(peak == NEG_INF, 0.0, peak)
+    return peak, tl.sum(power(v - base, scale), 0)
 
-    HELD: how many logits stay in registers. STAGES: how many tiles of TILE are on their way at once.
+
+@triton.jit
+def read_part(x, part, part_size, vocab, PART: tl.constexpr):
+    """The logits of a part of a row, -inf behind its end."""
+    lane = tl.arange(0, PART)
+    offs = part * part_size + lane
+    mask = (lane < part_size) & (offs < vocab)
+    return tl.load(x + offs, mask=mask, other=NEG_INF, eviction_policy="evict_first").to(tl.float32)
+
+
+@triton.jit
+def publish(v, state, arrived, scale):
+    """Store a part's state, and let it be seen by whoever sees the count."""
+    peak, total = part_state(v, scale)
+    tl.store(state, peak)
+    tl.store(state + 1, total)
+    tl.debug_barrier()
+    tl.atomic_add(arrived, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def shared_state(
+    x, state, arrived, num_parts, part_size, vocab, scale, PARTS: tl.constexpr, PART: tl.constexpr, POLLS: tl.constexpr
+):
+    """A row's state: of all parts, as others have found it; what is not there after some looks is computed here.
+
+    So no program depends on another one's progress. Both ways give the same bits.
     """
-    row = tl.program_id(0).to(tl.int64)
-    x += row * stride
-    out += row * vocab
-    scale = scale_of(temperature, value, row)
-    offs_held = tl.arange(0, HELD)
-    held = tl.load(x + offs_held, mask=offs_held < vocab, other=NEG_INF).to(tl.float32)
-    num_tiles = tl.cdiv(tl.maximum(vocab - HELD, 0), TILE)
-    peak, total = row_state(x, HELD, num_tiles, vocab, scale, TILE, STAGES)
-    high = tl.maximum(peak, tl.max(held, 0))
-    base = tl.where(high == NEG_INF, 0.0, high)
-    total = total * power(peak - base, scale) + tl.sum(power(held - base, scale), 0)
-    share = tl.div_rn(1.0, total)
-    for i in tl.range(num_tiles, num_stages=STAGES):
-        write_tile(x, out, HELD + (num_tiles - 1 - i) * TILE, vocab, high, share, scale, TILE)
-    tl.store(out + offs_held, power(held - high, scale) * share, mask=offs_held < vocab)
+    count = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
+    polls = tl.full((), 0, tl.int32)
+    while (count < num_parts) & (polls < POLLS):
+        count = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
+        tl.debug_barrier()
+        polls += 1
+    tl.debug_barrier()
+    parts = tl.arange(0, PARTS)
+    if count >= num_parts:
+        inside = parts < num_parts
+        high = tl.load(state + 2 * parts, mask=inside, other=NEG_INF, cache_modifier=".cg")
+        total = tl.load(state + 2 * parts + 1, mask=inside, other=0.0, cache_modifier=".cg")
+    else:
+        high = tl.full([PARTS], NEG_INF, tl.float32)
+        total = tl.zeros([PARTS], tl.float32)
+        for part in range(num_parts):
+            peak, weight = part_state(read_part(x, part, part_size, vocab, PART), scale)
+            high = tl.where(parts == part, peak, high)
+            total = tl.where(parts == part, weight, total)
+    return combine(high, total, scale)
+
+
+@triton.jit(do_not_specialize=["n"])
+def clear_kernel(counts, n, BLOCK: tl.constexpr):
+    """Grid: blocks. n counts become 0."""
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(counts + offs, tl.zeros([BLOCK], tl.int32), mask=offs < n)
+
+
+@triton.jit(do_not_specialize=["value", "num_rows"])
+def softmax_held_kernel(
+    x,
+    out,
+    state,
+    arrived,
+    temperature,
+    value,
+    stride,
+    vocab,
+    num_rows,
+    num_parts,
+    part_size,
+    PARTS: tl.constexpr,
+    PART: tl.constexpr,
+    POLLS: tl.constexpr,
+):
+    """Grid: rows at once * num_parts. A program has one part of every so manieth row, in registers from read to write.
+
+    While its part of the next row is on the way it writes the one of this row. state: fp32 `[rows, num_parts, 2]`;
+    arrived: int32 `[rows]`, zeros. PARTS, PART: num_parts and part_size rounded up to 2^n. POLLS: how often a program
+    looks for the states of the others.
+    """
+    part = tl.program_id(0) % num_parts
+    row = (tl.program_id(0) // num_parts).to(tl.int64)
+    step = tl.num_programs(0) // num_parts
+    lane = tl.arange(0, PART)
+    offs = part * part_size + lane
+    mask = (lane < part_size) & (offs < vocab)
+    held = read_part(x + row * stride, part, part_size, vocab, PART)
+    publish(held, state + (row * num_parts + part) * 2, arrived + row, scale_of(temperature, value, row))
+    while row < num_rows:
+        following = row + step
+        last = tl.where(following < num_rows, vocab, 0)
+        coming = read_part(x + following * stride, part, part_size, last, PART)
+        scale = scale_of(temperature, value, row)
+        states = state + row * num_parts * 2
+        peak, total = shared_state(
+            x + row * stride, states, arrived + row, num_parts, part_size, vocab, scale, PARTS, PART, POLLS
+        )
+        share = tl.div_rn(1.0, total)
+        y = power(held - peak, scale) * share
+        tl.store(out + row * vocab + offs, y, mask=mask, eviction_policy="evict_first")
+        if following < num_rows:
+            target = state + (following * num_parts + part) * 2
+            publish(coming, target, arrived + following, scale_of(temperature, value, following))
+        held = coming
+        row = following
 
 
 @triton.jit(do_not_specialize=["value", "num_splits", "tiles_per_split"])
