@@ -12,7 +12,7 @@ from importlib.resources import files
 from typing import NamedTuple
 
 from flashinfer.core.arch import Arch
-from flashinfer.ops.gemm.device.finish import PAIRED, SINGLE
+from flashinfer.device.finish import PAIRED, SINGLE
 from flashinfer.ops.gemm.gluon_sm90.kernel import FP8_BITS, GemmConfig
 from flashinfer.ops.gemm.spec import GemmSpec
 

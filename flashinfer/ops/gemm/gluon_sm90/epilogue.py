@@ -15,7 +15,7 @@ from flashinfer.device.gluon import (
     tma_store,
     tma_store_wait,
 )
-from flashinfer.ops.gemm.device.finish import add_bias, factor_of
+from flashinfer.device.finish import add_bias, factor_of
 from flashinfer.ops.gemm.gluon_sm90.schedule import weights_of
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flashinfer.ops.gemm.device.finish import Finish
+from flashinfer.device.finish import Finish
 from flashinfer.ops.gemm.gluon_sm90.configs import REGISTERS, TILES, configured
 from flashinfer.ops.gemm.gluon_sm90.epilogue import Target
 from flashinfer.ops.gemm.gluon_sm90.kernel import Shape, grouped_kernel
