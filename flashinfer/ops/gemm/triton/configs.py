@@ -20,7 +20,7 @@ from flashinfer.ops.gemm.triton.kernel import GemmConfig
 HEIGHTS = (16, 32, 64, 128)
 GROUP_BLOCK = (32, 1024)
 # Shared memory that a program needs besides its stages.
-SLACK = 4096
+SLACK = 1024
 
 
 class Tile(NamedTuple):
@@ -75,7 +75,7 @@ OTHERS = {
     ("fp8", 32): Tile(32, 64, 128, 4, 4, 2),
     ("fp8", 64): Tile(64, 128, 128, 8, 3),
     ("fp8", 128): Tile(128, 64, 128, 8, 3),
-    ("fp4", 16): Tile(16, 64, 128, 4, 3),
+    ("fp4", 16): Tile(16, 32, 64, 4, 3),
     ("fp4", 32): Tile(32, 64, 64, 4, 3),
     ("fp4", 64): Tile(64, 64, 64, 8, 3),
     ("fp4", 128): Tile(128, 64, 32, 8, 3),
