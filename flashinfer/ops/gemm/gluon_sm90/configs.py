@@ -18,8 +18,9 @@ from flashinfer.ops.gemm.spec import GemmSpec
 
 # Rows a group, up to which a tile is as high; more take the last.
 HEIGHTS = (16, 32, 64, 128)
-# Groups looked at at once, at least and at most.
+# Groups looked at at once, at least and at most; of still more, so many, in a loop that leaves fewer registers.
 GROUP_BLOCK = (32, 256)
+MANY_BLOCK = 128
 # By consumers and programs a multiprocessor: what each thread starts with of its 65,536 registers, then what a thread
 # of a consumer has (the first takes what is left), and one of the producer.
 REGISTERS = {(2, 1): (168, 232, 40), (2, 2): (80, 96, 48), (1, 1): (152, 0, 40), (1, 2): (128, 0, 40)}
@@ -164,6 +165,7 @@ def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmC
     # Of fp8 pairs, up and gate have sums and scales of their own.
     subtiles = 2 if bits == FP8_BITS and (spec.gated or columns > SUM_COLUMNS) else 1
     gate_block = columns // 2 if bits == FP8_BITS else GATE_BLOCK
+    many = groups > GROUP_BLOCK[1]
     return GemmConfig(
         block_m=tile.block_m,
         block_n=tile.block_n,
@@ -174,8 +176,8 @@ def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmC
         subtiles=subtiles,
         out_part=min(columns // (2 if spec.gated else subtiles), OUT_PART),
         band=tile.band,
-        group_block=min(groups, GROUP_BLOCK[1]),
-        many_groups=groups > GROUP_BLOCK[1],
+        group_block=MANY_BLOCK if many else groups,
+        many_groups=many,
         bits=bits,
         lag=tile.lag if tile.consumers == 2 and spec.k > LONG_DEPTH else 0,
         n_major=spec.transposed,
