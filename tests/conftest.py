@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
 import os
 import random
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,9 +62,25 @@ def rng(request: pytest.FixtureRequest) -> random.Random:
     return random.Random(seed)
 
 
+@pytest.fixture
+def large_memory() -> Iterator[None]:
+    """For tests that fill much of a GPU's memory: one at a time, whatever process it runs in."""
+    with (Path(tempfile.gettempdir()) / "flashinfer-large-memory.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture(autouse=True)
-def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`torch.empty` and its kin give NaN (the largest value for integers): what a kernel forgets to write is seen."""
+def poisoned_empty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.empty` and its kin give NaN (the largest value for integers): what a kernel forgets to write is seen.
+
+    Not in tests marked `compiles`: the compiler cannot look into it. Those find the compiler as new.
+    """
+    if request.node.get_closest_marker("compiles"):
+        torch.compiler.reset()
+        return
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoning(getattr(owner, name)))
 

@@ -174,6 +174,7 @@ def test_tuning_measures_keeps_and_saves(tmp_path: Path, backend: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.compiles
 def test_compile(backend: str) -> None:
     p = problem("cuda", torch.bfloat16)
 

@@ -370,7 +370,7 @@ def test_mxfp4(tokens: int, device: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("tokens", [1, 8, 64, 700])
 @pytest.mark.parametrize("sizes", FULL)
-def test_models_in_full(tokens: int, sizes: Sizes) -> None:
+def test_models_in_full(tokens: int, sizes: Sizes, large_memory: None) -> None:
     """Weights of a model's size, 20 GB for the largest; the dense loop is torch's in fp32 without TF32."""
     torch.manual_seed(tokens)
     fc1 = torch.empty(sizes.experts, 2 * sizes.inter, sizes.hidden, dtype=torch.bfloat16, device="cuda")
@@ -426,6 +426,7 @@ def test_no_host_sync(tokens: int, backend: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.compiles
 def test_compile(backend: str) -> None:
     x, routes = torch.randn(FEW, SMALL.hidden, device="cuda"), routes_of(FEW, SMALL, "cuda")
     experts = plain_experts(SMALL, torch.float32, "cuda")

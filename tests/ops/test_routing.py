@@ -236,6 +236,7 @@ def test_graph() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.compiles
 def test_compile() -> None:
     logits = torch.randn(33, 64, device="cuda")
     weights, ids = torch.compile(lambda x: route(x, 4), fullgraph=True)(logits)
