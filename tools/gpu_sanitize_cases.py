@@ -10,11 +10,12 @@ from __future__ import annotations
 import sys
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import scaled_dot_product_attention, silu
 
 import flashinfer
 from flashinfer.concat_ops import concat_mla_k
 from flashinfer.core.arch import arch_of
+from flashinfer.ops import gemm
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
 PAGE_SIZE = 4
@@ -269,7 +270,30 @@ def sampling() -> None:
     compare("chain_speculative_sampling", accepted, accepted.new_full((5,), 2).double())
 
 
+def products() -> None:
+    """Groups of odd sizes, empty ones too: by tensor map, by pointers, gathered, in pairs, of fp8 and of fp4."""
+    sizes = (37, 0, 5, 130, 1)
+    bounds, total, e4m3 = indptr(sizes), sum(sizes), torch.float8_e4m3fn
+    for depth, width, dtype in ((136, 72, torch.float16), (133, 75, torch.float16), (256, 200, e4m3)):
+        x, w = normal(total, depth).to(dtype), normal(len(sizes), width, depth).to(dtype)
+        groups = zip(x.double().split(sizes), w.double(), strict=True)
+        want = torch.cat([a @ b.t() for a, b in groups])
+        call = flashinfer.grouped_mm_fp8 if dtype == e4m3 else flashinfer.grouped_mm_bf16
+        compare(f"grouped {dtype}", call(x, w, bounds, out_dtype=torch.float16), want)
+    chosen = torch.randperm(total, device=DEVICE).int()
+    x, w = normal(total, 64), normal(len(sizes), 144, 64)
+    pairs = [a @ b.t() for a, b in zip(x.double()[chosen.long()].split(sizes), w.double(), strict=True)]
+    want = torch.cat([silu(gate) * up for up, gate in (pair.chunk(2, -1) for pair in pairs)])
+    epilogue = gemm.Epilogue(None, gemm.Activation("swiglu"))
+    compare("grouped swiglu", gemm.grouped_gemm(gemm.Rows(x, bounds, chosen), gemm.Weights(w), epilogue), want)
+    codes = torch.randint(0, 256, (70, 48), device=DEVICE).to(torch.uint8)
+    table = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=DEVICE, dtype=torch.float64)
+    numbers = torch.cat([table, -table])[torch.stack([codes & 15, codes >> 4], -1).flatten(1).long()]
+    ones, x = torch.ones(70, 6, device=DEVICE).to(e4m3), normal(9, 96)
+    compare("mm_bf16_fp4", flashinfer.mm_bf16_fp4(x, codes, ones, backend="auto"), x.double() @ numbers.t())
+
+
 if __name__ == "__main__":
-    small = (norms, activations, rope, pages, codes, sampling)
+    small = (norms, activations, rope, pages, codes, sampling, products)
     for case in (decode, prefill_paged, prefill_ragged, prefill_hopper, merge, *small):
         case()  # comparing reads the result, so it waits for the device

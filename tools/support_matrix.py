@@ -14,9 +14,10 @@ import torch
 
 from flashinfer.core.arch import CPU, SMEM_BYTES, Arch
 from flashinfer.core.select import Impl
-from flashinfer.ops import activation, attention, merge, moe, norm, page, quantization, rope, routing, sampling
+from flashinfer.ops import activation, attention, gemm, merge, moe, norm, page, quantization, rope, routing, sampling
 from flashinfer.ops.activation import GatedSpec
 from flashinfer.ops.attention.spec import AttentionSpec
+from flashinfer.ops.gemm import Epilogue, Gemm, Rows, Weights
 from flashinfer.ops.moe import MoESpec
 from flashinfer.ops.norm import NormSpec
 from flashinfer.ops.page import AppendSpec
@@ -62,6 +63,21 @@ def moe_specs() -> Iterator[tuple[str, MoESpec]]:
         name = f"{kind}: {short(dtype)} rows, {short(weight_dtype)} weights"
         yield name, MoESpec(kind, *dtypes, 256, 8, 7168, 2048, "swiglu", True, (False,) * 6, (1, 1))
     yield "more than 1024 experts a rank", MoESpec(kind, *dtypes, 1025, 8, 7168, 2048, "swiglu", True, (), (1, 1))
+
+
+def gemm_specs() -> Iterator[tuple[str, object]]:
+    """A grouped product of each kind of operands."""
+    bf16, e4m3, uint8 = torch.bfloat16, torch.float8_e4m3fn, torch.uint8
+    kinds = [(short(dtype), "plain", dtype, dtype) for dtype in FLOATS]
+    kinds += [("float8 with one scale", "fp8_tensor", e4m3, e4m3), ("float8 in blocks", "fp8_block", e4m3, e4m3)]
+    kinds += [(f"bfloat16 rows, {kind} weights", kind, bf16, uint8) for kind in ("mxfp4", "nvfp4")]
+    indptr = torch.zeros(9, dtype=torch.int32)
+    for name, kind, dtype, weight_dtype in kinds:
+        depth = 256 // (1 if weight_dtype != uint8 else 2)
+        rows = Rows(torch.empty(64, 256, dtype=dtype), indptr)
+        weights = Weights(torch.empty(8, 256, depth, dtype=weight_dtype), kind=kind)
+        out_dtype = dtype if dtype in FLOATS else bf16
+        yield name, Gemm(torch.empty(64, 256, dtype=out_dtype), rows, weights, Epilogue()).spec
 
 
 def cell(impls: Sequence[Impl], spec: object, arch: Arch, refusals: dict[str, None]) -> str:
@@ -134,6 +150,7 @@ def document() -> str:
         *table("Mixture of experts", moe.IMPLS, moe_specs()),
         *table("Norms", norm.IMPLS, norms),
         *table("Gated activations", activation.IMPLS, gated),
+        *table("Grouped products", gemm.IMPLS, gemm_specs()),
         *table("Sampling, filters, speculation, top_k", sampling.IMPLS, rows),
     ]
     return "\n".join(parts) + "\n"

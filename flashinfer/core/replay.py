@@ -186,6 +186,8 @@ class Template:
             places = [self._visit(part) for part in x]
             self._places.append(places)
             return "tuple", len(self._places) - 1
+        if isinstance(getattr(x, "base", None), torch.Tensor):
+            raise LookupError("a tensor map, which holds an address")
         self._constants.append(x)
         return "constant", len(self._constants) - 1
 

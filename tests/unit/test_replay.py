@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -39,6 +40,12 @@ def test_a_tensor_inside_of_two_inputs_cannot_be_told() -> None:
     rows = torch.zeros(4, 8)
     with pytest.raises(LookupError):
         Template([rows, rows[:, 2:]], (rows[:, 4:], 1))
+
+
+def test_a_tensor_map_cannot_be_replaced() -> None:
+    x = torch.zeros(4, 8)
+    with pytest.raises(LookupError, match="tensor map"):
+        Template([x], (SimpleNamespace(base=x, shape=[4, 8]), x))
 
 
 def test_inputs_at_one_address_must_stay_so() -> None:

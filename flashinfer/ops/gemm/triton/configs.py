@@ -20,7 +20,7 @@ from flashinfer.ops.gemm.triton.kernel import GemmConfig
 HEIGHTS = (16, 32, 64, 128)
 GROUP_BLOCK = (32, 1024)
 # Shared memory that a program needs besides its stages.
-SLACK = 4096
+SLACK = 1024
 
 
 class Tile(NamedTuple):
@@ -70,12 +70,12 @@ OTHERS = {
     ("half", 16): Tile(16, 128, 64, 4, 4, 2),
     ("half", 32): Tile(32, 128, 64, 4, 4, 2),
     ("half", 64): Tile(64, 128, 64, 8, 3),
-    ("half", 128): Tile(128, 128, 32, 8, 3),
+    ("half", 128): Tile(128, 128, 64, 8, 3),
     ("fp8", 16): Tile(16, 64, 128, 4, 4, 2),
     ("fp8", 32): Tile(32, 64, 128, 4, 4, 2),
     ("fp8", 64): Tile(64, 128, 128, 8, 3),
     ("fp8", 128): Tile(128, 64, 128, 8, 3),
-    ("fp4", 16): Tile(16, 64, 64, 4, 3),
+    ("fp4", 16): Tile(16, 32, 64, 4, 3),
     ("fp4", 32): Tile(32, 64, 64, 4, 3),
     ("fp4", 64): Tile(64, 64, 64, 8, 3),
     ("fp4", 128): Tile(128, 64, 32, 8, 3),
@@ -175,10 +175,10 @@ def _tile(spec: GemmSpec, arch: Arch, height: int) -> Tile:
 def _fitted(tile: Tile, spec: GemmSpec, arch: Arch, few: int) -> Tile:
     """`tile` no wider than the result, narrower where that gives work to more multiprocessors, and to fit registers."""
     block_n = min(tile.block_n, max(16, 1 << (spec.out_cols - 1).bit_length()))
-    # Two accumulators; block scales take a third, and instructions without asynchronous operands theirs.
-    room = 128 * 128 * tile.num_warps // 8 // (2 if spec.kind == "fp8_block" or not arch.has_wgmma else 1)
+    # Two accumulators; block scales take a third, and where products are not asynchronous operands lie in registers.
+    share = (2 if spec.kind == "fp8_block" else 1) * (1 if arch.has_wgmma else 4 if spec.kind == "fp8_block" else 2)
     block_m = min(tile.block_m, 64) if spec.gated and not arch.has_wgmma else tile.block_m
-    if spec.gated and block_n * block_m > room:
+    while spec.gated and block_n > 16 and block_n * block_m * share > 128 * 128 * tile.num_warps // 8:
         block_n //= 2
     while few and block_n > 64 and few * -(-spec.out_cols // block_n) * 2 <= arch.num_sms * tile.per_sm:
         block_n //= 2

@@ -90,6 +90,7 @@ def _case(problem: Problem, height: int, arch_name: str) -> GateCase:
         _arguments(problem.spec, launch),
         options={"num_warps": launch.num_warps, "num_stages": launch.num_stages},
         archs=(arch_name,),
+        max_spill_bytes=0 if arch.has_wgmma else None,
     )
 
 

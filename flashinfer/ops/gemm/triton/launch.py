@@ -46,7 +46,7 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
         )
         key = (
             _strides(spec, launch, row_side, weight_side, finish, out),
-            _kinds(groups, row_side, weight_side, finish),
+            _kinds(groups, row_side, weight_side, finish, (out,)),
         )
         grid = (grid_of(launch, spec, arch, num_rows, num_groups), 1, 1)
         _launch(grid, key, arguments, out.device, num_warps=launch.num_warps, num_stages=launch.num_stages)

@@ -57,6 +57,9 @@ def bind(spec: RoutingSpec, arch: Arch) -> Callable[[Routing], None]:
         if tokens is not None and table is not None:
             strides = (logits.stride(0), table.stride(0))
             arguments: tuple[object, ...] = (outputs, logits, tokens, table, *strides, score, cfg)
+            _lookup(grid, key, arguments, logits.device, num_warps=1)
+        else:
+            arguments = (outputs, logits, bias, logits.stride(0), score, cfg)
             _choose(grid, key, arguments, logits.device, num_warps=num_warps(cfg))
 
     return run
