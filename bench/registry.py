@@ -7,8 +7,8 @@ in `bench/rows` with a shape record (`Shape`), the functions a `Row` names and i
 from __future__ import annotations
 
 from bench.record import Row
-from bench.rows import attention, elementwise, gemm, sampling
+from bench.rows import attention, elementwise, gemm, moe, sampling
 
-ROWS: tuple[Row, ...] = (*attention.ROWS, *elementwise.ROWS, *sampling.ROWS, *gemm.ROWS)
+ROWS: tuple[Row, ...] = (*attention.ROWS, *elementwise.ROWS, *sampling.ROWS, *gemm.ROWS, *moe.ROWS)
 # Rows whose first call is timed with an empty kernel cache.
-COLD_ROWS = (*attention.COLD_ROWS, *elementwise.COLD_ROWS, *gemm.COLD_ROWS)
+COLD_ROWS = (*attention.COLD_ROWS, *elementwise.COLD_ROWS, *gemm.COLD_ROWS, *moe.COLD_ROWS)

@@ -13,9 +13,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention, silu
 
 import flashinfer
+from flashinfer import fused_moe
 from flashinfer.concat_ops import concat_mla_k
 from flashinfer.core.arch import arch_of
-from flashinfer.ops import gemm
+from flashinfer.ops import gemm, moe
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda")
 PAGE_SIZE = 4
@@ -293,7 +294,21 @@ def products() -> None:
     compare("mm_bf16_fp4", flashinfer.mm_bf16_fp4(x, codes, ones, backend="auto"), x.double() @ numbers.t())
 
 
+def mixtures() -> None:
+    """Routing, and experts of odd sizes for few tokens, for sorted ones and for many; some ids are held elsewhere."""
+    for tokens, hidden, inter in ((5, 72, 40), (33, 72, 40), (130, 136, 72)):
+        weights, ids = fused_moe.route(normal(tokens, 7), 3)
+        x, fc1, fc2 = normal(tokens, hidden), normal(5, 2 * inter, hidden) / 8, normal(5, hidden, inter) / 8
+        want = torch.zeros(tokens, hidden, dtype=torch.float64, device=DEVICE)
+        for e in range(5):
+            rows, place = (ids - 1 == e).nonzero(as_tuple=True)
+            up, gate = (x[rows].double() @ fc1[e].double().t()).chunk(2, -1)
+            want[rows] += weights[rows, place, None] * ((silu(gate) * up) @ fc2[e].double().t())
+        experts = moe.Experts(gemm.Weights(fc1), gemm.Weights(fc2), gemm.Activation("swiglu"))
+        compare(f"moe of {tokens}", moe.moe(x, moe.Routes(ids, weights, 1), experts), want)
+
+
 if __name__ == "__main__":
-    small = (norms, activations, rope, pages, codes, sampling, products)
+    small = (norms, activations, rope, pages, codes, sampling, products, mixtures)
     for case in (decode, prefill_paged, prefill_ragged, prefill_hopper, merge, *small):
         case()  # comparing reads the result, so it waits for the device

@@ -14,14 +14,16 @@ import torch
 
 from flashinfer.core.arch import CPU, SMEM_BYTES, Arch
 from flashinfer.core.select import Impl
-from flashinfer.ops import activation, attention, gemm, merge, norm, page, quantization, rope, sampling
+from flashinfer.ops import activation, attention, gemm, merge, moe, norm, page, quantization, rope, routing, sampling
 from flashinfer.ops.activation import GatedSpec
 from flashinfer.ops.attention.spec import AttentionSpec
 from flashinfer.ops.gemm import Epilogue, Gemm, Rows, Weights
+from flashinfer.ops.moe import MoESpec
 from flashinfer.ops.norm import NormSpec
 from flashinfer.ops.page import AppendSpec
 from flashinfer.ops.quantization import QuantSpec
 from flashinfer.ops.rope import RopeSpec
+from flashinfer.ops.routing import RoutingSpec
 from flashinfer.ops.sampling.spec import RowSpec
 
 PATH = Path(__file__).resolve().parents[1] / "docs" / "support.md"
@@ -49,6 +51,18 @@ def attention_specs() -> Iterator[tuple[str, AttentionSpec]]:
     yield "bfloat16, head_dim 128, rotated on the fly (ROPE_LLAMA)", rotated
     yield "bfloat16, head_dim 128, pages of 1", replace(rotated, rotates=False, page_size=1)
     yield "bfloat16, head_dim 128, decode", replace(rotated, rotates=False, uniform_qo_len=1)
+
+
+def moe_specs() -> Iterator[tuple[str, MoESpec]]:
+    """One mixture of each kind."""
+    e4m3, half = torch.float8_e4m3fn, FLOATS[2]
+    kinds = [("plain", d, d) for d in FLOATS]
+    kinds += [("fp8_tensor", e4m3, e4m3), ("fp8_block", half, e4m3), ("mxfp4", half, torch.uint8)]
+    for kind, dtype, weight_dtype in kinds:
+        dtypes = (dtype, weight_dtype, half, torch.int32)
+        name = f"{kind}: {short(dtype)} rows, {short(weight_dtype)} weights"
+        yield name, MoESpec(kind, *dtypes, 256, 8, 7168, 2048, "swiglu", True, (False,) * 6, (1, 1))
+    yield "more than 1024 experts a rank", MoESpec(kind, *dtypes, 1025, 8, 7168, 2048, "swiglu", True, (), (1, 1))
 
 
 def gemm_specs() -> Iterator[tuple[str, object]]:
@@ -130,6 +144,10 @@ def document() -> str:
             "RoPE: in place, to new tensors, to fp8, to a paged cache, after RMSNorm of the heads", rope.IMPLS, ropes
         ),
         *table("Masks to bits; fp8, int8 and fp4", quantization.IMPLS, codes),
+        *table(
+            "Routing to experts", routing.IMPLS, [("every method", RoutingSpec(256, 8, num_groups=8, topk_groups=4))]
+        ),
+        *table("Mixture of experts", moe.IMPLS, moe_specs()),
         *table("Norms", norm.IMPLS, norms),
         *table("Gated activations", activation.IMPLS, gated),
         *table("Grouped products", gemm.IMPLS, gemm_specs()),

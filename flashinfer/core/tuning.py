@@ -21,9 +21,21 @@ WARMUP, REPEATS = 3, 10
 
 Numbers = tuple[int, ...]
 Config = TypeVar("Config", bound=tuple[int, ...])
-_entries: dict[str, Numbers] = {}
-# Changes whenever an entry does: who keeps a choice compares it.
-_generation = 0
+
+
+class _Table:
+    """What was measured; generation changes whenever an entry does."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Numbers] = {}
+        self.generation = 0
+
+    def update(self, entries: dict[str, Numbers]) -> None:
+        self.entries.update(entries)
+        self.generation += 1
+
+
+_table = _Table()
 
 
 class _State(threading.local):
@@ -43,36 +55,31 @@ def _name(key: str, arch: Arch) -> str:
 
 def tuned(key: str, arch: Arch) -> Numbers | None:
     """The configuration measured for `key` on GPUs of this kind, None if there is none."""
-    return _entries.get(_name(key, arch))
+    return _table.entries.get(_name(key, arch))
 
 
 def record(key: str, arch: Arch, config: Sequence[int]) -> None:
     """Keep `config` for `key`."""
-    global _generation
-    _entries[_name(key, arch)] = tuple(int(n) for n in config)
-    _generation += 1
+    _table.update({_name(key, arch): tuple(int(n) for n in config)})
 
 
 def generation() -> int:
-    """A number that changes whenever a configuration does."""
-    return _generation
+    """A number that changes whenever a configuration does: who keeps a choice compares it."""
+    return _table.generation
 
 
 def forget() -> None:
     """Forget all configurations."""
-    global _generation
-    _entries.clear()
-    _generation += 1
+    _table.entries.clear()
+    _table.generation += 1
 
 
 def load(path: str | Path) -> int:
     """Take the configurations of a file; returns how many. Raises ValueError for a file of another kind."""
-    global _generation
     content = json.loads(Path(path).read_text())
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or "configs" not in content:
         raise ValueError(f"{path}: got another file, expected one written by autotune(cache=...). Delete or rename it.")
-    _entries.update({key: tuple(numbers) for key, numbers in content["configs"].items()})
-    _generation += 1
+    _table.update({key: tuple(numbers) for key, numbers in content["configs"].items()})
     return len(content["configs"])
 
 
@@ -81,7 +88,7 @@ def save(path: str | Path) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     new = target.with_name(target.name + ".new")
-    content = {"schema": SCHEMA, "configs": {key: list(_entries[key]) for key in sorted(_entries)}}
+    content = {"schema": SCHEMA, "configs": {key: list(numbers) for key, numbers in sorted(_table.entries.items())}}
     new.write_text(json.dumps(content, indent=1) + "\n")
     new.replace(target)
 
@@ -147,5 +154,5 @@ def time_ms(run: Callable[[], object]) -> float:
         end.record()
         marks.append((begin, end))
     torch.cuda.synchronize()
-    times = sorted(begin.elapsed_time(end) for begin, end in marks)
+    times: list[float] = sorted(begin.elapsed_time(end) for begin, end in marks)
     return times[len(times) // 2]

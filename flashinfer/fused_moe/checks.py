@@ -40,7 +40,7 @@ def checked_routes(call: Call, ids: torch.Tensor, weights: torch.Tensor, ep_rank
     like = ("input", call.x)
     check.tensor("token_selected_experts", ids, dtypes=ID_DTYPES, shape=(call.x.shape[0], None), like=like)
     check.tensor("token_final_scales", weights, dtypes=(torch.float32,), shape=tuple(ids.shape), like=like)
-    if not 1 <= ids.shape[1]:
+    if ids.shape[1] == 0:
         raise ValueError(check.problem("token_selected_experts", "no column", "at least one", "Choose an expert."))
     return Routes(ids.contiguous(), weights.contiguous(), ep_rank * call.fc1.shape[0])
 
@@ -67,7 +67,9 @@ def checked_experts(
     for name, bias, width in (("fc1", biases[0], rows), ("fc2", biases[1], hidden)):
         if bias is not None:
             shape = (experts, width)
-            check.tensor(f"{name}_expert_biases", bias, dtypes=check.FLOAT_DTYPES, shape=shape, like=like, inner_contiguous=True)
+            check.tensor(
+                f"{name}_expert_biases", bias, dtypes=check.FLOAT_DTYPES, shape=shape, like=like, inner_contiguous=True
+            )
     if activation != "swiglu" and any(p is not None for p in parameters):
         fix = "Leave them out."
         raise ValueError(check.problem("swiglu_alpha, _beta, _limit", "tensors", f"None with {activation}", fix))
@@ -126,7 +128,7 @@ def _fp8_blocks(call: Call) -> Quantised:
     if call.fc2.shape[2] % BLOCK:
         fix = "Pad the experts."
         raise ValueError(check.problem("intermediate size", call.fc2.shape[2], f"a multiple of {BLOCK}", fix))
-    return Quantised(*weights)
+    return Quantised(weights[0], weights[1])
 
 
 def _mxfp4(call: Call) -> Quantised:
@@ -141,7 +143,7 @@ def _mxfp4(call: Call) -> Quantised:
         check.multiple("columns of the weights", w.shape[2] * 2, "the block", MXFP4_BLOCK)
         check.tensor(f"quant_scales[{i}]", scale, dtypes=(torch.uint8,), shape=shape, like=("input", call.x))
         weights.append(Weights(w, scale=scale, kind="mxfp4"))
-    return Quantised(*weights)
+    return Quantised(weights[0], weights[1])
 
 
 KINDS: dict[torch.dtype, Callable[[Call], Quantised]] = {

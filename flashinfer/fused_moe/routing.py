@@ -80,11 +80,11 @@ def route(
     if bias is not None:
         shape, like = (logits.shape[1],), ("logits", logits)
         check.tensor("bias", bias, dtypes=check.FLOAT_DTYPES, shape=shape, like=like, inner_contiguous=True)
-    shape = (logits.shape[0], top_k)
+    size = (logits.shape[0], top_k)
     if out is None:
-        weights = torch.empty(shape, dtype=torch.float32, device=logits.device)
-        out = (weights, torch.empty(shape, dtype=torch.int32, device=logits.device))
-    _outputs(*out, logits, shape)
+        weights = torch.empty(size, dtype=torch.float32, device=logits.device)
+        out = (weights, torch.empty(size, dtype=torch.int32, device=logits.device))
+    _outputs(*out, logits, size)
     _replay(routing_replay_out, logits, top_k)
     scale = 1.0 if routed_scaling_factor is None else float(routed_scaling_factor)
     ops.choose(*out, logits, bias, routing_replay_out, rule.score, scale, [int(rule.renormalise), *groups])
@@ -194,5 +194,3 @@ def hash_topk(
     ids = torch.empty(shape, dtype=torch.int32, device=router_logits.device)
     ops.look_up(weights, ids, router_logits, input_ids, tid2eid, float(routed_scaling_factor))
     return weights, ids
-
-

@@ -23,7 +23,7 @@ from flashinfer.fused_moe import (
 from flashinfer.testing import assert_close_to_oracle, poisoned
 from tests.ops.common import force
 
-E, K, H, I = 8, 2, 64, 48
+E, K, H, INTER = 8, 2, 64, 48
 TOKENS = 11
 
 
@@ -40,8 +40,8 @@ def problem(device: str, dtype: torch.dtype = torch.float32, gated: bool = True)
         "input": torch.randn(TOKENS, H, device=device).to(dtype),
         "token_selected_experts": ids,
         "token_final_scales": weights,
-        "fc1_expert_weights": (torch.randn(E, I * (1 + gated), H, device=device) / H**0.5).to(dtype),
-        "fc2_expert_weights": (torch.randn(E, H, I, device=device) / I**0.5).to(dtype),
+        "fc1_expert_weights": (torch.randn(E, INTER * (1 + gated), H, device=device) / H**0.5).to(dtype),
+        "fc2_expert_weights": (torch.randn(E, H, INTER, device=device) / INTER**0.5).to(dtype),
         "output_dtype": dtype,
         "quant_scales": None,
     }
@@ -84,14 +84,14 @@ def test_ranks_of_experts_and_of_tensors(device: str) -> None:
     """Two by two ranks: half of the experts, half of each; the second bias belongs to the first tensor rank."""
     p = problem(device)
     biases = {
-        "fc1_expert_biases": torch.randn(E, 2 * I, device=device),
+        "fc1_expert_biases": torch.randn(E, 2 * INTER, device=device),
         "fc2_expert_biases": torch.randn(E, H, device=device),
     }
     oracle, twin = (dense({**p, **biases}, dtype, swiglu) for dtype in (torch.float64, torch.float32))
     total = torch.zeros(TOKENS, H, dtype=torch.float64, device=device)
     for ep in range(2):
         for tp in range(2):
-            e, i = slice(ep * E // 2, (ep + 1) * E // 2), slice(tp * I // 2, (tp + 1) * I // 2)
+            e, i = slice(ep * E // 2, (ep + 1) * E // 2), slice(tp * INTER // 2, (tp + 1) * INTER // 2)
             halves = lambda w: w[e].unflatten(1, (2, -1))[:, :, i].flatten(1, 2)  # noqa: B023, E731
             mine = {
                 **p,
@@ -126,8 +126,8 @@ def test_narrow_kinds_through_the_facade(device: str) -> None:
 
 
 def test_mxfp4_weights_need_no_order_of_their_own(device: str) -> None:
-    codes = torch.randint(256, (E, 2 * I, H // 2), dtype=torch.uint8, device=device)
-    scales = torch.randint(256, (E, 2 * I, H // 32), dtype=torch.uint8, device=device)
+    codes = torch.randint(256, (E, 2 * INTER, H // 2), dtype=torch.uint8, device=device)
+    scales = torch.randint(256, (E, 2 * INTER, H // 32), dtype=torch.uint8, device=device)
     assert torch.equal(interleave_moe_weights_for_sm90_mixed_gemm(codes, "fp4"), codes)
     assert torch.equal(interleave_moe_scales_for_sm90_mixed_gemm(scales), scales)
 
@@ -152,7 +152,7 @@ def test_errors(device: str) -> None:
 
 
 def test_workspace_is_ours() -> None:
-    size = cutlass_fused_moe_workspace_size(64, H, I, E, K, x_dtype=torch.bfloat16, weight_dtype=torch.bfloat16)
+    size = cutlass_fused_moe_workspace_size(64, H, INTER, E, K, x_dtype=torch.bfloat16, weight_dtype=torch.bfloat16)
     assert size == 0
     assert flashinfer.cutlass_fused_moe is cutlass_fused_moe
 

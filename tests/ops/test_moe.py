@@ -350,7 +350,9 @@ def test_mxfp4(tokens: int, device: str) -> None:
     weights, wide = [], []
     for w in plain[:2]:
         codes = torch.randint(256, (*w.values.shape[:2], w.values.shape[2] // 2), dtype=torch.uint8, device=device)
-        scale = torch.randint(121, 125, (*w.values.shape[:2], w.values.shape[2] // 32), dtype=torch.uint8, device=device)
+        scale = torch.randint(
+            121, 125, (*w.values.shape[:2], w.values.shape[2] // 32), dtype=torch.uint8, device=device
+        )
         numbers = table[torch.stack([codes & 15, codes >> 4], -1).flatten(-2).long()]
         factor = torch.exp2(scale.float() - 127).repeat_interleave(32, -1)
         weights.append(Weights(codes, scale=scale, kind="mxfp4"))
@@ -383,7 +385,9 @@ def test_models_in_full(tokens: int, sizes: Sizes, large_memory: None) -> None:
     for e in range(sizes.experts):
         tokens_of, place = (routes.ids == e).nonzero(as_tuple=True)
         if len(tokens_of):
-            one = Routes(torch.zeros(len(tokens_of), 1, dtype=torch.int32, device="cuda"), routes.weights[tokens_of, place, None])
+            one = Routes(
+                torch.zeros(len(tokens_of), 1, dtype=torch.int32, device="cuda"), routes.weights[tokens_of, place, None]
+            )
             experts = Experts(Weights(fc1[e : e + 1]), Weights(fc2[e : e + 1]), Activation("swiglu"))
             oracle.index_add_(0, tokens_of, dense(x[tokens_of], one, experts, torch.float64))
             twin.index_add_(0, tokens_of, dense(x[tokens_of], one, experts, torch.float32, torch.bfloat16))

@@ -64,7 +64,9 @@ def distinct(tokens: int, experts: int, dtype: torch.dtype, device: str) -> torc
 def check_weights(
     weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor, score: str, renormalise: bool, scale: float = 1.0
 ) -> None:
-    oracle, twin = (weights_of(scores_of(logits, score, t), ids, renormalise, scale) for t in (torch.float64, torch.float32))
+    oracle, twin = (
+        weights_of(scores_of(logits, score, t), ids, renormalise, scale) for t in (torch.float64, torch.float32)
+    )
     assert_close_to_oracle(weights, oracle, twin, "weights")
 
 

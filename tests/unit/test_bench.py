@@ -185,7 +185,7 @@ def test_index_arrays_are_on_the_host_and_few_first_calls_are_timed() -> None:
     shape = replace(attention.prompts(2, 9, (4, 2, 16), True), page_size=4)
     inputs = attention.make_attention(shape, torch.Generator())
     assert {x.device.type for x in (inputs.qo_indptr, inputs.kv_indptr, inputs.last_page_len)} == {"cpu"}
-    assert len(registry.COLD_ROWS) <= 5
+    assert len(registry.COLD_ROWS) <= 7
     dims = {row.shape.head_dim for row in ROWS if row.name in registry.COLD_ROWS and row.op == "prefill"}
     assert dims == {64, 128, 256}
 

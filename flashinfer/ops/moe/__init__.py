@@ -75,7 +75,7 @@ def run(
         bias2,
         hidden_scale,
     )
-    tensors = MoE(out, x, Routes(*routes, first_expert), experts)
+    tensors = MoE(out, x, Routes(routes[0], routes[1], first_expert), experts)
     if out.numel() > 0:
         CHOICE.call(tensors.spec, out.device, backend)(tensors)
 

@@ -21,7 +21,7 @@ def bind(spec: MoESpec, arch: Arch) -> Callable[[MoE], None]:
 @torch.no_grad()
 def run(tensors: MoE) -> None:
     """`out[t] = sum_j weights[t, j] * expert(ids[t, j])(x[t])` over the experts held here, sums in fp32."""
-    out, x, routes, experts = tensors
+    out, _, routes, experts = tensors
     num_experts, top_k = experts.fc1.values.shape[0], routes.ids.shape[1]
     local = (routes.ids.long() - routes.first_expert).flatten()
     held = (local >= 0) & (local < num_experts)

@@ -49,9 +49,7 @@ def run(spec: RoutingSpec, tensors: Routing) -> None:
         tensors.weights[:, spec.top_k :].fill_(1 / spec.shared_scale)
 
 
-def _chosen(
-    spec: RoutingSpec, logits: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _chosen(spec: RoutingSpec, logits: torch.Tensor, scores: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """int64 `[tokens, top_k]`."""
     choice = logits if spec.by_logits else scores
     if bias is not None:

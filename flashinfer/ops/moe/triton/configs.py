@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
 
 from flashinfer.core.arch import Arch
-from flashinfer.core.tuning import tuned
+from flashinfer.core.tuning import generation, tuned
 from flashinfer.ops.moe.spec import MoESpec
 from flashinfer.ops.moe.triton.few import FewConfig
 from flashinfer.ops.moe.triton.sort import SortConfig
@@ -59,6 +60,8 @@ def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
     block_k = 128 if bits <= 16 else 64
     # Weights that are converted in registers want more threads.
     block_r, num_warps = (64, 4) if bits >= 16 else (128 if arch.has_wgmma else 64, 8)
+    if many_rows and not arch.has_wgmma:
+        num_warps = 8
     stages = 3 if many_rows else 4
     depth = spec.hidden_size if first else spec.intermediate_size
     # Shared memory holds the tiles of both sides.
@@ -100,6 +103,11 @@ def tuning_key(spec: MoESpec, tokens: int, first: bool) -> str:
 
 def tiles_of(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
     """The measured ones, or the default."""
+    return _tiles_of(spec, arch, token_class(tokens), first, generation())
+
+
+@lru_cache(maxsize=4096)
+def _tiles_of(spec: MoESpec, arch: Arch, tokens: int, first: bool, generation: int) -> Tiles:
     found = tuned(tuning_key(spec, tokens, first), arch)
     return default_tiles(spec, arch, tokens, first) if found is None else Tiles(*found)
 

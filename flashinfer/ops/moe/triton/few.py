@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from flashinfer.device.decode import decode_e2m1, decode_fp8, decode_ue8m0
-from flashinfer.device.finish import Finish, factor_of
+from flashinfer.device.finish import factor_of
 from flashinfer.device.fp8 import to_fp8
 from flashinfer.ops.moe.triton.prepare import quantised
 

@@ -92,7 +92,7 @@ def sort_pairs(spec: MoESpec, tensors: MoE, order: bool, tokens: bool, rows: boo
 
 def _run_few(spec: MoESpec, arch: Arch, tensors: MoE) -> None:
     """Two launches for the products, one for the sum; one more to sort where there are many pairs."""
-    x, routes, experts = tensors.x, tensors.routes, tensors.experts
+    x, routes = tensors.x, tensors.routes
     num_pairs = routes.ids.numel()
     pairs = Pairs(routes.ids, None, None)
     if num_pairs > SCAN:
@@ -227,9 +227,7 @@ def _run_many(spec: MoESpec, arch: Arch, tensors: MoE) -> None:
     combine(spec, tensors, y[None], places.rows)
 
 
-def _quantised(
-    arch: Arch, x: torch.Tensor, places: Sorted | None, num_rows: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _quantised(arch: Arch, x: torch.Tensor, places: Sorted | None, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
     """e4m3 and scales of the rows of `x`, in the order of experts where places are given."""
     width = x.shape[1]
     codes = torch.empty(num_rows, width, dtype=E4M3, device=x.device)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from flashinfer.ops.routing.spec import RoutingSpec
-from flashinfer.ops.routing.triton.kernel import Outputs, choose_kernel, lookup_kernel
+from flashinfer.ops.routing.triton.kernel import SCORES, Outputs, choose_kernel, lookup_kernel
 from flashinfer.ops.routing.triton.launch import config_of, num_warps
 from flashinfer.testing.gate import Constant, GateCase, case_of
 
@@ -38,10 +38,16 @@ def cases() -> Iterator[GateCase]:
             "logits": logits,
             "bias": FP32 if spec.biased else None,
             "stride": stride,
+            "score_of": Constant(SCORES[spec.score]),
             "cfg": Constant(cfg),
         }
         yield case_of(f"route_{name}", choose_kernel, arguments, options={"num_warps": num_warps(cfg)})
     columns = TABLE.top_k + TABLE.num_shared
     arguments = {"out": Outputs(FP32, I32, None, columns, columns, 0), "logits": FP32, "tokens": I64, "table": I32}
-    arguments |= {"stride": stride, "stride_table": TABLE.top_k, "cfg": Constant(config_of(TABLE))}
+    arguments |= {
+        "stride": stride,
+        "stride_table": TABLE.top_k,
+        "score_of": Constant(SCORES[TABLE.score]),
+        "cfg": Constant(config_of(TABLE)),
+    }
     yield case_of("route_table", lookup_kernel, arguments, options={"num_warps": 1})

@@ -24,7 +24,6 @@ class RoutingConfig:
 
     num_experts: int
     top_k: int
-    score: str
     renormalise: bool
     scale: float
     num_groups: int
@@ -48,25 +47,37 @@ class Outputs(NamedTuple):
     stride_replay: int
 
 
+# Scores of logits `[n]`, those masked being -inf.
+
+
 @triton.jit
-def score_of(x, mask, cfg: tl.constexpr):
-    """Scores of logits `[n]`, masked ones -inf."""
-    if cfg.score == "softmax":
-        high = tl.max(x, 0)
-        # A row of -inf alone has no softmax: NaN, as everywhere.
-        power = tl.where(mask, tl.exp(x - high), 0.0)
-        return power / tl.sum(power, 0)
-    elif cfg.score == "sigmoid":
-        return 1.0 / (1.0 + tl.exp(-x))
-    elif cfg.score == "sqrt_softplus":
-        # log(1 + exp(x)), which neither overflows nor cancels.
-        small = tl.exp(-tl.abs(x))
-        # log1p: the sum's rounding, taken out of the logarithm again.
-        total = 1.0 + small
-        log = tl.where(total == 1.0, small, tl.log(total) * (small / tl.where(total == 1.0, 1.0, total - 1.0)))
-        return tl.sqrt(tl.maximum(x, 0.0) + log)
-    else:
-        return x
+def softmax(x, mask):
+    # A row of -inf alone has no softmax: NaN, as everywhere.
+    power = tl.where(mask, tl.exp(x - tl.max(x, 0)), 0.0)
+    return power / tl.sum(power, 0)
+
+
+@triton.jit
+def sigmoid(x, mask):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def sqrt_softplus(x, mask):
+    """sqrt(log(1 + exp(x))), where exp neither overflows nor is lost in the sum with 1."""
+    small = tl.exp(-tl.abs(x))
+    total = 1.0 + small
+    # log1p: the sum's rounding is taken out of the logarithm again.
+    log = tl.where(total == 1.0, small, tl.log(total) * (small / tl.where(total == 1.0, 1.0, total - 1.0)))
+    return tl.sqrt(tl.maximum(x, 0.0) + log)
+
+
+@triton.jit
+def identity(x, mask):
+    return x
+
+
+SCORES = {"softmax": softmax, "sigmoid": sigmoid, "sqrt_softplus": sqrt_softplus, "identity": identity}
 
 
 @triton.jit
@@ -114,7 +125,7 @@ def write(out, row, weights, ids, cfg: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["stride"])
-def choose_kernel(out, logits, bias, stride, cfg: tl.constexpr):
+def choose_kernel(out, logits, bias, stride, score_of: tl.constexpr, cfg: tl.constexpr):
     """Grid: a program for each token. logits: `[tokens, num_experts]`, rows `stride` apart; bias may be None."""
     row = tl.program_id(0).to(tl.int64)
     PLACES: tl.constexpr = cfg.groups * cfg.size
@@ -124,7 +135,7 @@ def choose_kernel(out, logits, bias, stride, cfg: tl.constexpr):
     expert = group * GROUP_SIZE + place % cfg.size
     mask = (place % cfg.size < GROUP_SIZE) & (group < cfg.num_groups)
     x = tl.load(logits + row * stride + expert, mask=mask, other=float("-inf")).to(tl.float32)
-    score = score_of(x, mask, cfg)
+    score = score_of(x, mask)
     if cfg.by_logits:
         choice = x
     else:
@@ -152,7 +163,7 @@ def choose_kernel(out, logits, bias, stride, cfg: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["stride", "stride_table"])
-def lookup_kernel(out, logits, tokens, table, stride, stride_table, cfg: tl.constexpr):
+def lookup_kernel(out, logits, tokens, table, stride, stride_table, score_of: tl.constexpr, cfg: tl.constexpr):
     """Grid: a program for each token. Its experts are row `tokens[i]` of `table`."""
     row = tl.program_id(0).to(tl.int64)
     offs = tl.arange(0, cfg.block_k)
@@ -160,4 +171,4 @@ def lookup_kernel(out, logits, tokens, table, stride, stride_table, cfg: tl.cons
     token = tl.load(tokens + row).to(tl.int64)
     ids = tl.load(table + token * stride_table + offs, mask=mask, other=0)
     x = tl.load(logits + row * stride + ids, mask=mask, other=0.0).to(tl.float32)
-    write(out, row, score_of(x, mask, cfg), ids.to(tl.int32), cfg)
+    write(out, row, score_of(x, mask), ids.to(tl.int32), cfg)

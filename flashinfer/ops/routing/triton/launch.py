@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 import triton
 
 from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, alignment, token
 from flashinfer.ops.routing.spec import Routing, RoutingSpec
-from flashinfer.ops.routing.triton.kernel import Outputs, RoutingConfig, choose_kernel, lookup_kernel
+from flashinfer.ops.routing.triton.kernel import SCORES, Outputs, RoutingConfig, choose_kernel, lookup_kernel
 
 # A warp holds this many scores, 16 a thread; more of them are shared by several warps.
 WARP_PLACES = 512
@@ -24,7 +23,6 @@ def config_of(spec: RoutingSpec) -> RoutingConfig:
     return RoutingConfig(
         num_experts=spec.num_experts,
         top_k=spec.top_k,
-        score=spec.score,
         renormalise=spec.renormalise,
         scale=spec.scale,
         num_groups=spec.num_groups,
@@ -45,7 +43,7 @@ def num_warps(cfg: RoutingConfig) -> int:
 
 def bind(spec: RoutingSpec, arch: Arch) -> Callable[[Routing], None]:
     """The call `(tensors)` for one kind: one launch."""
-    cfg = config_of(spec)
+    cfg, score = config_of(spec), SCORES[spec.score]
 
     def run(tensors: Routing) -> None:
         weights, ids, logits, bias, replay, tokens, table = tensors
@@ -57,10 +55,11 @@ def bind(spec: RoutingSpec, arch: Arch) -> Callable[[Routing], None]:
         key = (token(spec, dtypes), outputs[3:], alignment(*tensors))
         grid = (logits.shape[0], 1, 1)
         if tokens is not None and table is not None:
-            arguments: tuple[object, ...] = (outputs, logits, tokens, table, logits.stride(0), table.stride(0), cfg)
+            strides = (logits.stride(0), table.stride(0))
+            arguments: tuple[object, ...] = (outputs, logits, tokens, table, *strides, score, cfg)
             _lookup(grid, key, arguments, logits.device, num_warps=1)
         else:
-            arguments = (outputs, logits, bias, logits.stride(0), cfg)
+            arguments = (outputs, logits, bias, logits.stride(0), score, cfg)
             _choose(grid, key, arguments, logits.device, num_warps=num_warps(cfg))
 
     return run
