@@ -28,6 +28,9 @@ from flashinfer.ops.sampling.triton.threshold import apply_kernel, search_kernel
 SCAN = 2048
 # What one program reads at a time of the rows that min_p leaves to it; more spills registers on sm_120.
 MIN_P_SCAN = 1024
+# Statistics: programs a multiprocessor, and tiles of one that are on their way at once.
+STATS_PROGRAMS = 16
+STATS_STAGES = 1
 # What the sixteen warps of a program that resolves open rows read at a time: half where rows begin off 16 bytes.
 RESOLVE_SCAN = 4096
 RESOLVE_WARPS = 16
@@ -55,6 +58,7 @@ SOFTMAX_POLLS = 64
 SOFTMAX_MOST_PARTS = 64
 CLEAR = 1024
 APPLY_TILE = 4096
+EARLY_LAUNCHES = False
 
 _stats = Prebound(group_stats_kernel)
 _draw = Prebound(draw_kernel)
@@ -98,6 +102,16 @@ def random_of(draws: Draws) -> Random:
     return Random(Keys(seed, offset, *strides), *_halves(draws.seed), *_halves(draws.offset))
 
 
+def _early(device: torch.device) -> bool:
+    """Whether kernels are launched before those whose results they wait for have ended (sm_90 and later)."""
+    name = arch_of(device).name
+    return EARLY_LAUNCHES and name.startswith("sm") and int(name[2:]) >= 90
+
+
+def _options(early: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if early else {}
+
+
 def splits_of(rows: int, tiles: int, programs: int) -> tuple[int, int]:
     """(splits of a row, tiles of a split), so that there are about `programs` in all and no split is empty."""
     wanted = max(1, min(tiles, -(-programs // rows)))
@@ -134,17 +148,27 @@ def group_stats(
     """Statistics of each row of `x`, or of the rows `rows`; wanted: maxima, sums, of probs also tails."""
     entries, vocab_size = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
     tiles = tiles_of(vocab_size, cut)
-    splits, per_split = splits_of(entries, tiles, 16 * arch_of(x.device).num_sms)
+    splits, per_split = splits_of(entries, tiles, STATS_PROGRAMS * arch_of(x.device).num_sms)
     shape = (entries, cut.groups)
     tensors = [scratch.empty(shape, torch.float32) if want else None for want in wanted]
     high, total, tail = (*tensors, None, None)[:3]
     parts = tuple(residual)
     pointers = [p for p in parts if not isinstance(p, int)]
-    key = (x.dtype, x.stride(0), vocab_size, logits, wanted, cut, alignment(x, rows, *pointers), _kinds(rows, *parts))
+    key = (
+        x.dtype,
+        x.stride(0),
+        vocab_size,
+        logits,
+        wanted,
+        STATS_STAGES,
+        cut,
+        alignment(x, rows, *pointers),
+        _kinds(rows, *parts),
+    )
     _stats(
         (entries * splits, 1, 1),
         key,
-        (x, rows, residual, high, total, tail, x.stride(0), vocab_size, splits, per_split, logits, cut),
+        (x, rows, residual, high, total, tail, x.stride(0), vocab_size, splits, per_split, logits, STATS_STAGES, cut),
         x.device,
         num_warps=STATS_WARPS,
         **(REGISTERS if residual is NO_RESIDUAL else {}),
@@ -195,6 +219,7 @@ def _launch_draw(
     places: Places,
     valid: torch.Tensor | None,
 ) -> None:
+    early = _early(x.device)
     cut, random = cut_of(x.shape[1], x.element_size()), random_of(draws)
     rows, residual, tokens, place = places
     parts = tuple(residual)
@@ -207,10 +232,11 @@ def _launch_draw(
         (
             *(x, rows, residual, stats.group_max, stats.group_sum, *random, tokens, place, tokens.stride(0)),
             *(_bytes(valid), x.stride(0), x.shape[1], stats.num_groups),
-            *(per_sample, logits, cut),
+            *(per_sample, logits, cut, early),
         ),
         x.device,
         num_warps=cut.num_warps,
+        **_options(early),
     )
 
 
@@ -247,6 +273,7 @@ def _draw_filtered(
     x: torch.Tensor, logits: bool, filters: Filters, draws: Draws, out: Samples, scratch: Scratch
 ) -> None:
     """One token for each sample among those that pass the filters."""
+    early = _early(x.device)
     kind, rows = filters.kind, draws.indices
     cut = cut_of(x.shape[1], x.element_size())
     per_sample = rows is None or draws.num_samples <= x.shape[0]
@@ -268,11 +295,12 @@ def _draw_filtered(
         (
             *(x, rows, *stats.tensors, *random, *top_k, *top_p),
             *((*slots_of(scratch, cut, num_samples), floats, ints), tokens, _bytes(out.valid)),
-            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut),
+            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut, early),
         ),
         x.device,
         num_warps=cut.num_warps,
         **REGISTERS,
+        **_options(early),
     )
     _launch_resolve(x, logits, kind, draws, out, (floats, ints), scratch)
 
@@ -280,6 +308,7 @@ def _draw_filtered(
 def _launch_min_p(
     x: torch.Tensor, filters: Filters, draws: Draws, stats: Stats, per_sample: bool, out: Samples, scratch: Scratch
 ) -> None:
+    early = _early(x.device)
     cut, random, rows = cut_of(x.shape[1], x.element_size()), random_of(draws), draws.indices
     min_p = pointer_and_value(filters.min_p, 0.0)
     key = (x.dtype, x.stride(0), x.shape[1], cut, random.key, out.tokens.dtype, per_sample, out.valid is None)
@@ -288,11 +317,22 @@ def _launch_min_p(
         (*key, _kinds(rows, min_p[0]), alignment(x, rows, min_p[0])),  # type: ignore
         (
             *(x, rows, *stats.tensors[:2], *random, *min_p, slots_of(scratch, cut, draws.num_samples)),
-            *(out.tokens, _bytes(out.valid), x.stride(0), x.shape[1], stats.num_groups, per_sample, cut, MIN_P_SCAN),
+            *(
+                out.tokens,
+                _bytes(out.valid),
+                x.stride(0),
+                x.shape[1],
+                stats.num_groups,
+                per_sample,
+                cut,
+                MIN_P_SCAN,
+                early,
+            ),
         ),
         x.device,
         num_warps=cut.num_warps,
         **REGISTERS,
+        **_options(early),
     )
 
 
@@ -311,9 +351,12 @@ def _launch_resolve(
 ) -> None:
     """Draw for the rows that are left open; most rows are not, so open ones are cut finely."""
     num_samples, vocab_size, rows, tokens = draws.num_samples, x.shape[1], draws.indices, out.tokens
+    early = _early(x.device)
     random = random_of(draws)
     scan = RESOLVE_SCAN if x.stride(0) * x.element_size() % VECTOR_BYTES == 0 else RESOLVE_SCAN // 2
-    splits, per_split = splits_of(num_samples, triton.cdiv(vocab_size, scan), RESOLVE_PROGRAMS * arch_of(x.device).num_sms)
+    splits, per_split = splits_of(
+        num_samples, triton.cdiv(vocab_size, scan), RESOLVE_PROGRAMS * arch_of(x.device).num_sms
+    )
     partial = scratch.empty((num_samples, splits, PART_FIELDS), torch.float32)
     found = scratch.empty((num_samples, FOUND), torch.float32)
     block = triton.next_power_of_2(splits)
@@ -323,11 +366,12 @@ def _launch_resolve(
         (key, kind, block, None if rows is None else rows.dtype),
         (
             *(x, rows, *random, state, partial, found, tokens, x.stride(0), vocab_size, splits, per_split),
-            *(kind, block, FOUND, COLLECT_STAGES, logits, scan),
+            *(kind, block, FOUND, COLLECT_STAGES, logits, scan, early),
         ),
         x.device,
         num_warps=RESOLVE_WARPS,
         **REGISTERS,
+        **_options(early),
     )
 
 
