@@ -9,7 +9,7 @@ import torch
 
 from flashinfer.core.launch import Prebound
 from flashinfer.ops.sampling.spec import Draws, Filters, Parameter, Samples, Selection, Tree
-from flashinfer.ops.sampling.triton import choose, launch
+from flashinfer.ops.sampling.triton import choose, launch, softmax_launch
 from flashinfer.testing.gate import ALL_ARCHS, Constant, GateCase, Typed, case_of
 
 VOCAB = 128256
@@ -53,7 +53,7 @@ def sampled(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> No
 
 def softmax(x: torch.Tensor, temperature: Parameter) -> None:
     """fp32 softmax."""
-    launch.softmax(_empty(*x.shape), x, temperature, None)
+    softmax_launch.softmax(_empty(*x.shape), x, temperature, None)
 
 
 def kept(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool = False) -> None:
