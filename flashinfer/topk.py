@@ -18,6 +18,7 @@ from enum import IntEnum
 import torch
 
 from flashinfer.core import check
+from flashinfer.core.replay import replayed
 from flashinfer.ops import sampling as ops
 
 # FlashInfer's names for implementations of `top_k_varlen` that run on every GPU; "fa2" is such a name everywhere.
@@ -47,12 +48,38 @@ def _selected(
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """windows: (starts or None, lengths)."""
+    starts, lengths = windows or (None, None)
+    plain = x.__class__ is torch.Tensor and x.is_cuda and x.dim() == 2
+    if not plain or k.__class__ is not int or k < 1:
+        _check_selection(x, k, tie_break)
+    selection = ops.Selection(k, int(tie_break), index_dtype=index_dtype)
+    values, indices = ops.selected_like(x, selection)
+    scratch = ops.scratch_for("select", x, k) if x.is_cuda else None
+    _select((values, indices), x, (starts, lengths), scratch, k, int(tie_break), index_dtype, backend)
+    return ops.in_order(values, indices, int(tie_break)) if in_order else (values, indices)
+
+
+def _check_selection(x: torch.Tensor, k: int, tie_break: int) -> None:
     check.tensor("input", x, dtypes=check.FLOAT_DTYPES, shape=(None, None))
     check.positive("k", k)
     check.choice("tie_break", int(tie_break), [int(t) for t in TopKTieBreak])
-    starts, lengths = windows or (None, None)
-    checked = (_rows("row_starts", starts, x), _rows("lengths", lengths, x))
-    return ops.select(x, ops.Selection(k, int(tie_break), in_order, *checked, index_dtype), backend)
+
+
+@replayed
+def _select(
+    out: tuple[torch.Tensor, torch.Tensor],
+    x: torch.Tensor,
+    windows: tuple[torch.Tensor | None, torch.Tensor | None],
+    scratch: torch.Tensor | None,
+    k: int,
+    tie_break: int,
+    index_dtype: torch.dtype,
+    backend: str,
+) -> None:
+    """Check and select."""
+    _check_selection(x, k, tie_break)
+    checked = (_rows("row_starts", windows[0], x), _rows("lengths", windows[1], x))
+    ops.select_into(*out, x, ops.Selection(k, tie_break, False, *checked, index_dtype), scratch, backend)
 
 
 def _rows(name: str, values: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor | None:

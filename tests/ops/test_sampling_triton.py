@@ -30,6 +30,7 @@ FILTERS = {
 # What leaves rows open: more tokens pass than a program holds.
 WIDE_FILTERS = {
     "top_k": Filters(top_k=5000),
+    "middle_top_k": Filters(top_k=1500 if ON_GPU else 100),
     "top_p": Filters(top_p=0.98),
     "low_top_p": Filters(top_p=0.1),
     "min_p": Filters(min_p=1e-3),

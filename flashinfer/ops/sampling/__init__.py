@@ -146,13 +146,43 @@ def mask_logits(logits: torch.Tensor, top_k: Parameter, backend: str = "auto") -
     return out
 
 
-def select(x: torch.Tensor, selection: Selection, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
-    """(values of x' dtype, indices from the window's start) `[rows, k]` of each window's largest numbers.
+def selected_like(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for (values, indices) `[rows, k]`."""
+    shape = (x.shape[0], selection.k)
+    return x.new_empty(shape), x.new_empty(shape, dtype=selection.index_dtype)
 
-    A window of at most k numbers gives all of them, -1 and 0 after them. NaN counts as -inf.
+
+def select_into(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    x: torch.Tensor,
+    selection: Selection,
+    scratch: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """(values of x' dtype, indices from the window's start) `[rows, k]` of each window's largest numbers, not sorted.
+
+    A window of at most k numbers gives all of them, -1 and 0 after them. NaN counts as -inf. scratch: of
+    `scratch_for("select", x, k)`.
     """
-    values, indices = _impl(x, backend, selection.k).select(_unit_stride(x), selection)
-    return values, indices
+    impl = _impl(x, backend, selection.k)
+    if x.shape[0] > 0:
+        size = impl.select(values, indices, _unit_stride(x), selection._replace(sorted=False), scratch)
+        _note(size, "select", x, selection.k)
+
+
+def in_order(values: torch.Tensor, indices: torch.Tensor, tie_break: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same, largest first, equal ones by index, the preferred first."""
+    indices, order = indices.sort(dim=1, descending=tie_break == 2)
+    values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
+    return values, indices.gather(1, order)
+
+
+def select(x: torch.Tensor, selection: Selection, backend: str = "auto") -> tuple[torch.Tensor, torch.Tensor]:
+    """`select_into` new tensors, in order if that is wanted."""
+    values, indices = selected_like(x, selection)
+    select_into(values, indices, x, selection, None, backend)
+    return in_order(values, indices, selection.tie_break) if selection.sorted else (values, indices)
 
 
 def verify_chain(
@@ -208,6 +238,7 @@ __all__ = [
     "Selection",
     "Tree",
     "halves_of",
+    "in_order",
     "keep_into",
     "mask_logits",
     "plus_offsets",
@@ -218,6 +249,8 @@ __all__ = [
     "scale_logits",
     "scratch_for",
     "select",
+    "select_into",
+    "selected_like",
     "softmax",
     "softmax_into",
     "through_page_table",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from flashinfer.ops.sampling import reference
-from flashinfer.ops.sampling.reference import select, verify_chain, verify_tree
-from flashinfer.ops.sampling.spec import Draws, Filters, Parameter, Samples
+from flashinfer.ops.sampling.reference import verify_chain, verify_tree
+from flashinfer.ops.sampling.spec import Draws, Filters, Parameter, Samples, Selection
 
 
 def softmax(out: torch.Tensor, logits: torch.Tensor, temperature: Parameter, buffer: torch.Tensor | None) -> int:
@@ -32,6 +32,20 @@ def keep(
     """See `reference.mask_logits` and `reference.renormalise`."""
     filters = {"k": Filters(parameter), "p": Filters(top_p=parameter), "min_p": Filters(min_p=parameter)}[kind]
     out.copy_(reference.mask_logits(x, parameter) if logits else reference.renormalise(x, filters))
+    return 0
+
+
+def select(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    x: torch.Tensor,
+    selection: Selection,
+    buffer: torch.Tensor | None,
+) -> int:
+    """See `reference.select`."""
+    largest, found = reference.select(x, selection)
+    values.copy_(largest)
+    indices.copy_(found)
     return 0
 
 

@@ -5,18 +5,37 @@ from __future__ import annotations
 import torch
 import triton
 
+from flashinfer.core.arch import arch_of
 from flashinfer.core.launch import Prebound, alignment
 from flashinfer.ops.sampling.spec import Draws, Selection, Tree
-from flashinfer.ops.sampling.triton.launch import SCAN, Places, draw_into, random_of, tiles_of
+from flashinfer.ops.sampling.triton.launch import (
+    COLLECT_SCAN,
+    COLLECT_STAGES,
+    COLLECT_WARPS,
+    REGISTERS,
+    SCAN,
+    Places,
+    draw_into,
+    random_of,
+    slots_of,
+    splits_of,
+    tiles_of,
+)
 from flashinfer.ops.sampling.triton.rows import GROUP, STATS_WARPS, Residual, cut_of
-from flashinfer.ops.sampling.triton.select import select_kernel, window_max_kernel
+from flashinfer.ops.sampling.triton.scratch import Scratch
+from flashinfer.ops.sampling.triton.select import candidates_kernel, choose_kernel, select_kernel, window_max_kernel
 from flashinfer.ops.sampling.triton.verify import chain_kernel, tree_kernel
 
 MIN_GROUP = 8
 MIN_CANDIDATES = 2048
+BLOCK = 1024
+# Of few rows, programs a multiprocessor that look for candidates.
+SELECT_PROGRAMS = 2
 
 _window_max = Prebound(window_max_kernel)
 _select = Prebound(select_kernel)
+_candidates = Prebound(candidates_kernel)
+_choose = Prebound(choose_kernel)
 _chain = Prebound(chain_kernel)
 _tree = Prebound(tree_kernel)
 
@@ -29,40 +48,57 @@ def group_for(k: int, vocab_size: int) -> int:
     return group
 
 
-def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values, indices) `[rows, k]`; see the torch implementation."""
+def select(
+    values: torch.Tensor,
+    indices: torch.Tensor,
+    x: torch.Tensor,
+    selection: Selection,
+    buffer: torch.Tensor | None,
+) -> int:
+    """Write `[rows, k]` of each; several programs a row where there are few rows. Returns the scratch it took."""
     (num_rows, vocab_size), k = x.shape, selection.k
+    scratch = Scratch(x, buffer)
     candidates = max(MIN_CANDIDATES, triton.next_power_of_2(2 * k))
     cut = cut_of(vocab_size, x.element_size(), candidates, group_for(k, vocab_size))
     tiles = tiles_of(vocab_size, cut)
-    values, indices = x.new_empty((num_rows, k)), x.new_empty((num_rows, k), dtype=selection.index_dtype)
-    if num_rows == 0:
-        return values, indices
-    group_max = x.new_empty((num_rows, cut.groups), dtype=torch.float32)
-    starts, lengths = selection.starts, selection.lengths
-    key = (x.dtype, x.stride(0), vocab_size, cut, starts is None, lengths is None, alignment(x, starts, lengths))
-    select_key = (key, selection.tie_break == 2, selection.index_dtype)
-    sizes = (x.stride(0), vocab_size)
+    group_max = scratch.empty((num_rows, cut.groups), torch.float32)
+    window = (selection.starts, selection.lengths)
+    high, sizes = selection.tie_break == 2, (x.stride(0), vocab_size)
+    key = (x.dtype, x.stride(0), vocab_size, cut, *(w is None for w in window), alignment(x, *window))
+    out_key = (key, high, selection.index_dtype, alignment(values, indices))
     _window_max(
         (num_rows * tiles, 1, 1),
         key,
-        (x, group_max, starts, lengths, *sizes, tiles, cut),
+        (x, group_max, *window, *sizes, tiles, cut),
         x.device,
         num_warps=STATS_WARPS,
     )
-    scratch = (
-        x.new_empty((num_rows, cut.groups), dtype=torch.int32),
-        x.new_empty((num_rows, cut.candidates), dtype=torch.float32),
-        x.new_empty((num_rows, cut.candidates), dtype=torch.int32),
+    num_groups = tiles * cut.tile_groups
+    # A window may begin anywhere: then each number has an address of its own, which take registers.
+    scan = COLLECT_SCAN if selection.starts is None else COLLECT_SCAN // 2
+    splits, per_split = splits_of(num_rows, triton.cdiv(vocab_size, scan), SELECT_PROGRAMS * arch_of(x.device).num_sms)
+    if num_rows >= arch_of(x.device).num_sms or splits == 1:
+        arguments = (x, group_max, *window, slots_of(scratch, cut, num_rows), values, indices, k, *sizes, num_groups)
+        form = (high, cut, SCAN, BLOCK)
+        _select((num_rows, 1, 1), out_key, (*arguments, *form), x.device, num_warps=cut.num_warps)
+        return scratch.needed
+    parts = (
+        scratch.empty((num_rows, splits, cut.candidates), torch.float32),
+        scratch.empty((num_rows, splits, cut.candidates), torch.int32),
+        scratch.empty((num_rows, splits), torch.int32),
+        scratch.empty((num_rows, 2), torch.int32),
     )
-    high = selection.tie_break == 2
-    arguments = (x, group_max, starts, lengths, scratch, values, indices, k, *sizes, tiles * cut.tile_groups, high, cut)
-    _select((num_rows, 1, 1), select_key, (*arguments, SCAN, 1024), x.device, num_warps=cut.num_warps)
-    if selection.sorted:
-        indices, order = indices.sort(dim=1, descending=high)
-        values, order = values.gather(1, order).sort(dim=1, descending=True, stable=True)
-        indices = indices.gather(1, order)
-    return values, indices
+    _candidates(
+        (num_rows * splits, 1, 1),
+        key,
+        (x, group_max, *window, parts, k, *sizes, num_groups, splits, per_split, cut, COLLECT_STAGES, scan),
+        x.device,
+        num_warps=COLLECT_WARPS,
+        **REGISTERS,
+    )
+    arguments = (x, *window, parts, values, indices, k, *sizes, splits, high, cut, SCAN, BLOCK)
+    _choose((num_rows, 1, 1), out_key, arguments, x.device, num_warps=16, **REGISTERS)
+    return scratch.needed
 
 
 def verify_chain(

@@ -19,6 +19,7 @@ from flashinfer.ops.sampling.triton.rows import (
     read_residual,
     uniform_narrow,
     uniform_wide,
+    wait_for_launch_before,
     weight_of,
 )
 
@@ -36,6 +37,7 @@ def group_stats_kernel(
     num_splits,
     tiles_per_split,
     LOGITS: tl.constexpr,
+    STAGES: tl.constexpr,
     cut: tl.constexpr,
 ):
     """Grid: entries * num_splits. Largest number and weight of each group, fp32 `[entries, cut.groups]`.
@@ -50,30 +52,30 @@ def group_stats_kernel(
         row = tl.load(rows + entry).to(tl.int64)
     x += row * stride
     offs_tile = tl.arange(0, cut.depth)[:, None] * cut.cols + tl.arange(0, cut.cols)[None, :]
-    for i in range(tiles_per_split):
-        tile = split * tiles_per_split + i
-        if tile * cut.tile < vocab:
-            v = read_residual(x, residual, entry, tile * cut.tile + offs_tile, vocab, LOGITS)
-            target = entry.to(tl.int64) * cut.groups + tile * cut.tile_groups + tl.arange(0, cut.tile_groups)
-            col_max = tl.max(v, 0)
-            high = tl.max(tl.reshape(col_max, [cut.tile_groups, cut.width]), 1)
-            if group_max is not None:
-                tl.store(group_max + target, high)
-            if group_sum is not None:
-                if LOGITS:
-                    shift = tl.where(col_max == NEG_INF, 0.0, col_max)
-                    col_sum = tl.sum(tl.exp2((v - shift[None, :]) * LOG2E), 0)
-                    maxima = tl.reshape(col_max, [cut.tile_groups, cut.width])
-                    base = tl.where(high == NEG_INF, 0.0, high)
-                    scale = tl.exp2((maxima - base[:, None]) * LOG2E)
-                    total = tl.sum(tl.reshape(col_sum, [cut.tile_groups, cut.width]) * scale, 1)
-                else:
-                    total = tl.sum(tl.reshape(tl.sum(v, 0), [cut.tile_groups, cut.width]), 1)
-                tl.store(group_sum + target, total)
-                if group_tail is not None:
-                    mean = tl.broadcast_to((total * (1.0 / cut.group))[:, None], [cut.tile_groups, cut.width])
-                    tail = tl.sum(tl.where(v > tl.reshape(mean, [cut.cols])[None, :], v, 0.0), 0)
-                    tl.store(group_tail + target, tl.sum(tl.reshape(tail, [cut.tile_groups, cut.width]), 1))
+    first = split * tiles_per_split
+    end = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, cut.tile))
+    for tile in tl.range(first, end, num_stages=STAGES):
+        v = read_residual(x, residual, entry, tile * cut.tile + offs_tile, vocab, LOGITS)
+        target = entry.to(tl.int64) * cut.groups + tile * cut.tile_groups + tl.arange(0, cut.tile_groups)
+        col_max = tl.max(v, 0)
+        high = tl.max(tl.reshape(col_max, [cut.tile_groups, cut.width]), 1)
+        if group_max is not None:
+            tl.store(group_max + target, high)
+        if group_sum is not None:
+            if LOGITS:
+                shift = tl.where(col_max == NEG_INF, 0.0, col_max)
+                col_sum = tl.sum(tl.exp2((v - shift[None, :]) * LOG2E), 0)
+                maxima = tl.reshape(col_max, [cut.tile_groups, cut.width])
+                base = tl.where(high == NEG_INF, 0.0, high)
+                scale = tl.exp2((maxima - base[:, None]) * LOG2E)
+                total = tl.sum(tl.reshape(col_sum, [cut.tile_groups, cut.width]) * scale, 1)
+            else:
+                total = tl.sum(tl.reshape(tl.sum(v, 0), [cut.tile_groups, cut.width]), 1)
+            tl.store(group_sum + target, total)
+            if group_tail is not None:
+                mean = tl.broadcast_to((total * (1.0 / cut.group))[:, None], [cut.tile_groups, cut.width])
+                tail = tl.sum(tl.where(v > tl.reshape(mean, [cut.cols])[None, :], v, 0.0), 0)
+                tl.store(group_tail + target, tl.sum(tl.reshape(tail, [cut.tile_groups, cut.width]), 1))
 
 
 @triton.jit(do_not_specialize=["seed_low", "seed_high", "offset_low", "offset_high", "tokens_stride", "num_groups"])
@@ -98,11 +100,13 @@ def draw_kernel(
     PER_SAMPLE: tl.constexpr,
     LOGITS: tl.constexpr,
     cut: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: samples. rows: the row of each sample, or None; PER_SAMPLE: statistics are of samples, else of rows.
 
     tokens: a row of tokens_stride numbers for each sample; place: which of them is written, or None for the first.
     """
+    wait_for_launch_before(EARLY)
     sample = tl.program_id(0)
     row = sample
     if rows is not None:

@@ -26,6 +26,7 @@ from flashinfer.ops.sampling.triton.rows import (
     sort_key,
     uniform_narrow,
     uniform_wide,
+    wait_for_launch_before,
     weight_of,
 )
 from flashinfer.ops.sampling.triton.search import guess_interval
@@ -284,6 +285,7 @@ def filter_kernel(
     PER_SAMPLE: tl.constexpr,
     LOGITS: tl.constexpr,
     cut: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: samples. One draw each from the row's tokens that pass; see `resolve_kernel` for those left open.
 
@@ -291,6 +293,7 @@ def filter_kernel(
     values. group_tail: None, or what the tokens above their group's mean weigh. scratch: group list, candidates'
     numbers and tokens, floats and ints of the state.
     """
+    wait_for_launch_before(EARLY)
     sample = tl.program_id(0)
     row = sample
     if rows is not None:
@@ -362,7 +365,9 @@ def filter_kernel(
             whole = total.to(tl.float32) if MASS else tl.cast(vocab, tl.float32)
             light = whole - (limit if MASS else k.to(tl.float32))
             bottom = lowest - 1 if MASS else bound - 1
-            low, high = guess_interval(x, vocab, num_groups, shift, light, whole, bottom, peak, MASS, FILTER_SAMPLE, LOGITS, cut)
+            low, high = guess_interval(
+                x, vocab, num_groups, shift, light, whole, bottom, peak, MASS, FILTER_SAMPLE, LOGITS, cut
+            )
             tl.store(ints + LOW, low)
             tl.store(ints + HIGH, high)
             tl.store(ints + BOTTOM, bottom)

@@ -9,7 +9,7 @@ import torch
 
 from flashinfer.core.launch import Prebound
 from flashinfer.ops.sampling.spec import Draws, Filters, Parameter, Samples, Selection, Tree
-from flashinfer.ops.sampling.triton import choose, launch
+from flashinfer.ops.sampling.triton import choose, launch, softmax_launch
 from flashinfer.testing.gate import ALL_ARCHS, Constant, GateCase, Typed, case_of
 
 VOCAB = 128256
@@ -53,12 +53,19 @@ def sampled(x: torch.Tensor, logits: bool, filters: Filters, draws: Draws) -> No
 
 def softmax(x: torch.Tensor, temperature: Parameter) -> None:
     """fp32 softmax."""
-    launch.softmax(_empty(*x.shape), x, temperature, None)
+    softmax_launch.softmax(_empty(*x.shape), x, temperature, None)
 
 
 def kept(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool = False) -> None:
     """What passes a filter."""
     launch.keep(torch.empty_like(x), x, kind, parameter, logits, None)
+
+
+def selected(x: torch.Tensor, selection: Selection) -> None:
+    """The largest numbers."""
+    shape = (x.shape[0], selection.k)
+    values, indices = _empty(*shape, dtype=x.dtype), _empty(*shape, dtype=selection.index_dtype)
+    choose.select(values, indices, x, selection, None)
 
 
 def everywhere() -> Iterator[tuple[str, Call]]:
@@ -70,7 +77,8 @@ def everywhere() -> Iterator[tuple[str, Call]]:
     yield "softmax", lambda: softmax(_empty(2, VOCAB), p)
     yield "softmax_rows", lambda: softmax(_empty(512, VOCAB, dtype=torch.bfloat16), 0.7)
     yield "top_p_renorm", lambda: kept(probs, "p", p)
-    yield "select", lambda: choose.select(half, Selection(512, 2, False, k, k))
+    yield "select", lambda: selected(half, Selection(512, 2, False, k, k))
+    yield "select_of_few_rows", lambda: selected(half[:2], Selection(512, 2, False, k[:2], k[:2]))
     target = _empty(16, 5, VOCAB)
     yield "chain", lambda: choose.verify_chain(_empty(16, 4, VOCAB), tokens[:, :4], target, draws)
     yield "tree", lambda: choose.verify_tree(Tree(tokens, tokens, tokens), target, Draws(5, 6, 16))
@@ -93,7 +101,8 @@ def on_hopper() -> Iterator[tuple[str, Call]]:
     yield "min_p_renorm", lambda: kept(probs, "min_p", p)
     yield "top_k_renorm", lambda: kept(half, "k", 50)
     yield "top_k_mask", lambda: kept(half, "k", k, True)
-    yield "select_2048", lambda: choose.select(half, Selection(2048))
+    yield "select_2048", lambda: selected(half, Selection(2048))
+    yield "select_2048_of_few_rows", lambda: selected(probs[:2], Selection(2048))
 
 
 def cases() -> Iterator[GateCase]:

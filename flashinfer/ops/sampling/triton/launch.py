@@ -17,17 +17,14 @@ from flashinfer.ops.sampling.triton.min_p import min_p_kernel
 from flashinfer.ops.sampling.triton.resolve import resolve_kernel
 from flashinfer.ops.sampling.triton.rows import NO_RESIDUAL, STATS_WARPS, VECTOR_BYTES, Cut, Keys, Residual, cut_of
 from flashinfer.ops.sampling.triton.scratch import Scratch
-from flashinfer.ops.sampling.triton.softmax import (
-    clear_kernel,
-    softmax_held_kernel,
-    softmax_state_kernel,
-    softmax_write_kernel,
-)
 from flashinfer.ops.sampling.triton.threshold import apply_kernel, search_kernel, threshold_kernel
 
 SCAN = 2048
 # What one program reads at a time of the rows that min_p leaves to it; more spills registers on sm_120.
 MIN_P_SCAN = 1024
+# Statistics: programs a multiprocessor, and tiles of one that are on their way at once.
+STATS_PROGRAMS = 16
+STATS_STAGES = 1
 # What the sixteen warps of a program that resolves open rows read at a time: half where rows begin off 16 bytes.
 RESOLVE_SCAN = 4096
 RESOLVE_WARPS = 16
@@ -44,27 +41,14 @@ STATE_FIELDS = 16
 PART_FIELDS = 8
 # Two programs of eight warps a multiprocessor. Stated, since ptxas would else spill a few bytes to fit a third.
 REGISTERS = {"maxnreg": 128}
-SOFTMAX_TILE = 4096
-# Of many rows: the most that a program holds of one (two of them at a time, 64 of 128 registers), how many programs a
-# multiprocessor has, and how often one looks whether the others' sums are there, some 50 us in all.
-SOFTMAX_PART = 8192
-SOFTMAX_WARPS = 8
-SOFTMAX_PROGRAMS = 2
-SOFTMAX_POLLS = 64
-# So that several rows are held on a GPU at a time.
-SOFTMAX_MOST_PARTS = 64
-CLEAR = 1024
 APPLY_TILE = 4096
+EARLY_LAUNCHES = False
 
 _stats = Prebound(group_stats_kernel)
 _draw = Prebound(draw_kernel)
 _filter = Prebound(filter_kernel)
 _min_p = Prebound(min_p_kernel)
 _resolve = Prebound(resolve_kernel)
-_clear = Prebound(clear_kernel)
-_softmax_held = Prebound(softmax_held_kernel)
-_softmax_state = Prebound(softmax_state_kernel)
-_softmax_write = Prebound(softmax_write_kernel)
 _threshold = Prebound(threshold_kernel)
 _search = Prebound(search_kernel)
 _apply = Prebound(apply_kernel)
@@ -96,6 +80,16 @@ def random_of(draws: Draws) -> Random:
     seed, offset = (x if isinstance(x, torch.Tensor) else None for x in (draws.seed, draws.offset))
     strides = (int(x is not None and x.numel() > 1) for x in (seed, offset))
     return Random(Keys(seed, offset, *strides), *_halves(draws.seed), *_halves(draws.offset))
+
+
+def _early(device: torch.device) -> bool:
+    """Whether kernels are launched before those whose results they wait for have ended (sm_90 and later)."""
+    name = arch_of(device).name
+    return EARLY_LAUNCHES and name.startswith("sm") and int(name[2:]) >= 90
+
+
+def _options(early: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if early else {}
 
 
 def splits_of(rows: int, tiles: int, programs: int) -> tuple[int, int]:
@@ -134,17 +128,27 @@ def group_stats(
     """Statistics of each row of `x`, or of the rows `rows`; wanted: maxima, sums, of probs also tails."""
     entries, vocab_size = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
     tiles = tiles_of(vocab_size, cut)
-    splits, per_split = splits_of(entries, tiles, 16 * arch_of(x.device).num_sms)
+    splits, per_split = splits_of(entries, tiles, STATS_PROGRAMS * arch_of(x.device).num_sms)
     shape = (entries, cut.groups)
     tensors = [scratch.empty(shape, torch.float32) if want else None for want in wanted]
     high, total, tail = (*tensors, None, None)[:3]
     parts = tuple(residual)
     pointers = [p for p in parts if not isinstance(p, int)]
-    key = (x.dtype, x.stride(0), vocab_size, logits, wanted, cut, alignment(x, rows, *pointers), _kinds(rows, *parts))
+    key = (
+        x.dtype,
+        x.stride(0),
+        vocab_size,
+        logits,
+        wanted,
+        STATS_STAGES,
+        cut,
+        alignment(x, rows, *pointers),
+        kinds_of(rows, *parts),
+    )
     _stats(
         (entries * splits, 1, 1),
         key,
-        (x, rows, residual, high, total, tail, x.stride(0), vocab_size, splits, per_split, logits, cut),
+        (x, rows, residual, high, total, tail, x.stride(0), vocab_size, splits, per_split, logits, STATS_STAGES, cut),
         x.device,
         num_warps=STATS_WARPS,
         **(REGISTERS if residual is NO_RESIDUAL else {}),
@@ -152,7 +156,7 @@ def group_stats(
     return Stats(high, total, tail, tiles * cut.tile_groups)
 
 
-def _kinds(*arguments: torch.Tensor | int | None) -> Hashable:
+def kinds_of(*arguments: torch.Tensor | int | None) -> Hashable:
     """What Triton specialises these for."""
     return tuple(a.dtype if isinstance(a, torch.Tensor) else a for a in arguments)
 
@@ -195,22 +199,24 @@ def _launch_draw(
     places: Places,
     valid: torch.Tensor | None,
 ) -> None:
+    early = _early(x.device)
     cut, random = cut_of(x.shape[1], x.element_size()), random_of(draws)
     rows, residual, tokens, place = places
     parts = tuple(residual)
     pointers = [p for p in parts if not isinstance(p, int)]
     key = (x.dtype, x.stride(0), x.shape[1], logits, per_sample, cut, random.key, tokens.dtype, valid is None)
-    key = (*key, alignment(x, rows, place, *pointers), _kinds(rows, place, *parts))
+    key = (*key, alignment(x, rows, place, *pointers), kinds_of(rows, place, *parts))
     _draw(
         (draws.num_samples, 1, 1),
         key,
         (
             *(x, rows, residual, stats.group_max, stats.group_sum, *random, tokens, place, tokens.stride(0)),
             *(_bytes(valid), x.stride(0), x.shape[1], stats.num_groups),
-            *(per_sample, logits, cut),
+            *(per_sample, logits, cut, early),
         ),
         x.device,
         num_warps=cut.num_warps,
+        **_options(early),
     )
 
 
@@ -247,6 +253,7 @@ def _draw_filtered(
     x: torch.Tensor, logits: bool, filters: Filters, draws: Draws, out: Samples, scratch: Scratch
 ) -> None:
     """One token for each sample among those that pass the filters."""
+    early = _early(x.device)
     kind, rows = filters.kind, draws.indices
     cut = cut_of(x.shape[1], x.element_size())
     per_sample = rows is None or draws.num_samples <= x.shape[0]
@@ -261,18 +268,19 @@ def _draw_filtered(
     top_k = pointer_and_value(filters.top_k, vocab_size, vocab_size)
     top_p = pointer_and_value(filters.top_p, 1.0)
     key = (x.dtype, x.stride(0), vocab_size, logits, cut, random.key, tokens.dtype, alignment(x, rows))
-    filter_key = (key, kind, per_sample, out.valid is None, _kinds(rows, top_k[0], top_p[0]))  # type: ignore
+    filter_key = (key, kind, per_sample, out.valid is None, kinds_of(rows, top_k[0], top_p[0]))  # type: ignore
     _filter(
         (num_samples, 1, 1),
         (*filter_key, alignment(top_k[0], top_p[0])),  # type: ignore
         (
             *(x, rows, *stats.tensors, *random, *top_k, *top_p),
             *((*slots_of(scratch, cut, num_samples), floats, ints), tokens, _bytes(out.valid)),
-            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut),
+            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut, early),
         ),
         x.device,
         num_warps=cut.num_warps,
         **REGISTERS,
+        **_options(early),
     )
     _launch_resolve(x, logits, kind, draws, out, (floats, ints), scratch)
 
@@ -280,19 +288,31 @@ def _draw_filtered(
 def _launch_min_p(
     x: torch.Tensor, filters: Filters, draws: Draws, stats: Stats, per_sample: bool, out: Samples, scratch: Scratch
 ) -> None:
+    early = _early(x.device)
     cut, random, rows = cut_of(x.shape[1], x.element_size()), random_of(draws), draws.indices
     min_p = pointer_and_value(filters.min_p, 0.0)
     key = (x.dtype, x.stride(0), x.shape[1], cut, random.key, out.tokens.dtype, per_sample, out.valid is None)
     _min_p(
         (draws.num_samples, 1, 1),
-        (*key, _kinds(rows, min_p[0]), alignment(x, rows, min_p[0])),  # type: ignore
+        (*key, kinds_of(rows, min_p[0]), alignment(x, rows, min_p[0])),  # type: ignore
         (
             *(x, rows, *stats.tensors[:2], *random, *min_p, slots_of(scratch, cut, draws.num_samples)),
-            *(out.tokens, _bytes(out.valid), x.stride(0), x.shape[1], stats.num_groups, per_sample, cut, MIN_P_SCAN),
+            *(
+                out.tokens,
+                _bytes(out.valid),
+                x.stride(0),
+                x.shape[1],
+                stats.num_groups,
+                per_sample,
+                cut,
+                MIN_P_SCAN,
+                early,
+            ),
         ),
         x.device,
         num_warps=cut.num_warps,
         **REGISTERS,
+        **_options(early),
     )
 
 
@@ -311,9 +331,12 @@ def _launch_resolve(
 ) -> None:
     """Draw for the rows that are left open; most rows are not, so open ones are cut finely."""
     num_samples, vocab_size, rows, tokens = draws.num_samples, x.shape[1], draws.indices, out.tokens
+    early = _early(x.device)
     random = random_of(draws)
     scan = RESOLVE_SCAN if x.stride(0) * x.element_size() % VECTOR_BYTES == 0 else RESOLVE_SCAN // 2
-    splits, per_split = splits_of(num_samples, triton.cdiv(vocab_size, scan), RESOLVE_PROGRAMS * arch_of(x.device).num_sms)
+    splits, per_split = splits_of(
+        num_samples, triton.cdiv(vocab_size, scan), RESOLVE_PROGRAMS * arch_of(x.device).num_sms
+    )
     partial = scratch.empty((num_samples, splits, PART_FIELDS), torch.float32)
     found = scratch.empty((num_samples, FOUND), torch.float32)
     block = triton.next_power_of_2(splits)
@@ -323,62 +346,13 @@ def _launch_resolve(
         (key, kind, block, None if rows is None else rows.dtype),
         (
             *(x, rows, *random, state, partial, found, tokens, x.stride(0), vocab_size, splits, per_split),
-            *(kind, block, FOUND, COLLECT_STAGES, logits, scan),
+            *(kind, block, FOUND, COLLECT_STAGES, logits, scan, early),
         ),
         x.device,
         num_warps=RESOLVE_WARPS,
         **REGISTERS,
+        **_options(early),
     )
-
-
-def softmax(out: torch.Tensor, logits: torch.Tensor, temperature: Parameter, buffer: torch.Tensor | None) -> int:
-    """fp32 softmax; in one read once there are rows enough for every multiprocessor."""
-    num_rows, vocab_size = logits.shape
-    scratch = Scratch(logits, buffer)
-    pointer, value = pointer_and_value(temperature, 1.0)
-    key = (logits.dtype, logits.stride(0), vocab_size, _kinds(pointer), alignment(logits, pointer))  # type: ignore
-    sizes = (pointer, value, logits.stride(0), vocab_size)
-    num_sms = arch_of(logits.device).num_sms
-    if num_rows >= num_sms and vocab_size <= SOFTMAX_MOST_PARTS * SOFTMAX_PART:
-        _softmax_by_parts(out, logits, sizes, key, scratch)
-        return scratch.needed
-    tiles = triton.cdiv(vocab_size, SOFTMAX_TILE)
-    splits, per_split = splits_of(num_rows, tiles, 4 * num_sms)
-    state = scratch.empty((num_rows, splits, 2), torch.float32)
-    arguments = (logits, state, *sizes, splits, per_split, SOFTMAX_TILE)
-    _softmax_state((num_rows * splits, 1, 1), key, arguments, logits.device, num_warps=8)
-    block = triton.next_power_of_2(splits)
-    arguments = (logits, out, state, *sizes, splits, tiles, block, SOFTMAX_TILE)
-    _softmax_write((num_rows * tiles, 1, 1), (key, block), arguments, logits.device, num_warps=8)
-    return scratch.needed
-
-
-def parts_of(vocab_size: int) -> tuple[int, int]:
-    """(parts of a row, numbers of a part): as even as 16-byte loads allow."""
-    parts = triton.cdiv(vocab_size, SOFTMAX_PART)
-    return parts, triton.cdiv(triton.cdiv(vocab_size, parts), VECTOR_BYTES) * VECTOR_BYTES
-
-
-def _softmax_by_parts(
-    out: torch.Tensor,
-    logits: torch.Tensor,
-    sizes: tuple[object, ...],
-    key: Hashable,
-    scratch: Scratch,
-) -> None:
-    """Many rows, in one read."""
-    num_rows, vocab_size = logits.shape
-    parts, part_size = parts_of(vocab_size)
-    rows_at_once = min(num_rows, max(1, SOFTMAX_PROGRAMS * arch_of(logits.device).num_sms // parts))
-    state = scratch.empty((num_rows, parts, 2), torch.float32)
-    arrived = scratch.empty((num_rows,), torch.int32)
-    _clear((triton.cdiv(num_rows, CLEAR), 1, 1), alignment(arrived), (arrived, num_rows, CLEAR), logits.device)
-    # The interpreter runs one program after the other: nobody comes while one looks.
-    polls = 0 if logits.is_cpu else SOFTMAX_POLLS
-    blocks = (triton.next_power_of_2(parts), triton.next_power_of_2(part_size), polls)
-    arguments = (logits, out, state, arrived, *sizes, num_rows, parts, part_size, *blocks)
-    grid = (rows_at_once * parts, 1, 1)
-    _softmax_held(grid, (key, blocks), arguments, logits.device, num_warps=SOFTMAX_WARPS, **REGISTERS)
 
 
 class Thresholds(NamedTuple):
@@ -411,7 +385,7 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, 
     key = (x.dtype, x.stride(0), vocab_size, logits, cut, alignment(x))
     _threshold(
         (num_rows, 1, 1),
-        (key, kind, _kinds(pointer), alignment(pointer)),  # type: ignore
+        (key, kind, kinds_of(pointer), alignment(pointer)),  # type: ignore
         (
             *(x, stats.group_max, stats.group_sum, pointer, value, slots, *found, search),
             *(x.stride(0), vocab_size, stats.num_groups, kind, logits, cut, SCAN),

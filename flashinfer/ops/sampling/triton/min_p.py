@@ -11,7 +11,14 @@ import triton.language as tl
 
 from flashinfer.ops.sampling.triton.filter import candidates, draw_candidate, draw_pivots, gather
 from flashinfer.ops.sampling.triton.resolve import draw_by_scans
-from flashinfer.ops.sampling.triton.rows import NEG_INF, NO_KEY, POSITIVE_KEY, group_weights, sort_key
+from flashinfer.ops.sampling.triton.rows import (
+    NEG_INF,
+    NO_KEY,
+    POSITIVE_KEY,
+    group_weights,
+    sort_key,
+    wait_for_launch_before,
+)
 
 # They take the draws below that of the first candidate.
 TRIES = tl.constexpr(16)
@@ -39,8 +46,10 @@ def min_p_kernel(
     PER_SAMPLE: tl.constexpr,
     cut: tl.constexpr,
     SCAN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: samples. min_p: `[rows]` or None for the value. scratch: group list, candidates' numbers and tokens."""
+    wait_for_launch_before(EARLY)
     sample = tl.program_id(0)
     row = sample
     if rows is not None:

@@ -31,6 +31,7 @@ from flashinfer.ops.sampling.triton.rows import (
     read,
     sort_key,
     uniform_narrow,
+    wait_for_launch_before,
     weight_of,
 )
 from flashinfer.ops.sampling.triton.search import PART_FIELDS, collect_part, scan_weight, settle
@@ -128,6 +129,7 @@ def resolve_kernel(
     STAGES: tl.constexpr,
     LOGITS: tl.constexpr,
     SCAN: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: samples * num_splits; programs of samples that are not open leave at once.
 
@@ -136,6 +138,7 @@ def resolve_kernel(
     partial: fp32 `[samples, num_splits, PART_FIELDS]`; found: fp32 `[samples, FOUND]`. SPLITS: num_splits rounded up
     to 2^n.
     """
+    wait_for_launch_before(EARLY)
     sample = tl.program_id(0) // num_splits
     split = tl.program_id(0) % num_splits
     floats = state[0] + sample.to(tl.int64) * STATE_FIELDS

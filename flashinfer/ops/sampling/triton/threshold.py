@@ -118,7 +118,9 @@ def threshold_kernel(
                 if MASS:
                     # Tokens below (1 - p) / vocab of the total can all be dropped and p is still there.
                     bottom = tl.maximum(sort_key(light / vocab * 0.999), lowest) - 1
-                low, high = guess_interval(x, vocab, num_groups, shift, light, whole, bottom, peak, MASS, SAMPLE_GROUPS, LOGITS, cut)
+                low, high = guess_interval(
+                    x, vocab, num_groups, shift, light, whole, bottom, peak, MASS, SAMPLE_GROUPS, LOGITS, cut
+                )
                 tl.store(search[0] + row * SEARCH_FIELDS + LOW, low)
                 tl.store(search[0] + row * SEARCH_FIELDS + HIGH, high)
                 tl.store(search[0] + row * SEARCH_FIELDS + BOTTOM, bottom)
