@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from flashinfer.device.finish import add_bias, factor_of
 from flashinfer.device.gluon import (
     constexpr_function,
     fence_async_shared,
@@ -15,7 +16,6 @@ from flashinfer.device.gluon import (
     tma_store,
     tma_store_wait,
 )
-from flashinfer.device.finish import add_bias, factor_of
 from flashinfer.ops.gemm.gluon_sm90.schedule import weights_of
 
 

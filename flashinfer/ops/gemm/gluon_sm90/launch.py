@@ -10,8 +10,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, alignment, integer_classes, token
-from flashinfer.device.gluon import gl
 from flashinfer.device.finish import Finish
+from flashinfer.device.gluon import gl
 from flashinfer.ops.gemm.gluon_sm90.configs import Launch, choose
 from flashinfer.ops.gemm.gluon_sm90.epilogue import Target
 from flashinfer.ops.gemm.gluon_sm90.kernel import GemmConfig, Shape, grouped_kernel
