@@ -62,6 +62,8 @@ def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
     block_r, num_warps = (64, 4) if bits >= 16 else (128 if arch.has_wgmma else 64, 8)
     if many_rows and not arch.has_wgmma:
         num_warps = 8
+    if spec.kind == "fp8_block" and not arch.converts_to_fp8:
+        block_r = 32  # conversions in integers take registers
     stages = 3 if many_rows else 4
     depth = spec.hidden_size if first else spec.intermediate_size
     # Shared memory holds the tiles of both sides.
