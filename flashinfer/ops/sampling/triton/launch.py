@@ -410,12 +410,13 @@ def _launch_search(
 ) -> None:
     """Find the thresholds of open rows."""
     num_rows, vocab_size = x.shape
-    tiles = triton.cdiv(vocab_size, COLLECT_SCAN)
-    splits, per_split = splits_of(num_rows, tiles, COLLECT_PROGRAMS * arch_of(x.device).num_sms)
+    # What is counted as well as weighed takes more registers.
+    scan = COLLECT_SCAN if kind == "p" else COLLECT_SCAN // 2
+    splits, per_split = splits_of(num_rows, triton.cdiv(vocab_size, scan), COLLECT_PROGRAMS * arch_of(x.device).num_sms)
     block = triton.next_power_of_2(splits)
     partial = scratch.empty((num_rows, splits, PART_FIELDS), torch.float32)
     collected = scratch.empty((num_rows, FOUND), torch.float32)
-    form = (kind == "p", block, FOUND, COLLECT_STAGES, logits, COLLECT_SCAN)
+    form = (kind == "p", block, FOUND, COLLECT_STAGES, logits, scan)
     _search(
         (num_rows * splits, 1, 1),
         (x.dtype, x.stride(0), vocab_size, form, alignment(x)),

@@ -166,7 +166,7 @@ def resolve_kernel(
             # Half as much at a time as for the pivots: more spills registers.
             tiles = 2 * tiles_per_split
             HALF: tl.constexpr = SCAN // 2
-            collect_part(x, vocab, shift, low, high, begin, tiles, room, mine, ROOM, STAGES, LOGITS, HALF)
+            collect_part(x, vocab, shift, low, high, begin, tiles, room, mine, KIND == "p", ROOM, STAGES, LOGITS, HALF)
         tl.debug_barrier()
         last = tl.atomic_add(ints + ARRIVED, 1, sem="acq_rel", scope="gpu") == num_splits - 1
         tl.debug_barrier()

@@ -101,12 +101,16 @@ def collect_part(
     num_tiles,
     values,
     fields,
+    MASS: tl.constexpr,
     ROOM: tl.constexpr,
     STAGES: tl.constexpr,
     LOGITS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """Write a part's numbers with keys in (low, high] to `values`, as many as there is room for, and its `fields`."""
+    """Write a part's numbers with keys in (low, high] to `values`, as many as there is room for, and its `fields`.
+
+    MASS: how many lie above is not counted, only weighed.
+    """
     count = tl.full((), 0, tl.int32)
     above = tl.zeros([SCAN], tl.int32)
     weight = tl.zeros([SCAN], tl.float32)
@@ -114,7 +118,8 @@ def collect_part(
         offs = begin + i * SCAN + tl.arange(0, SCAN)
         v = read(x, offs, vocab, LOGITS)
         key = tl.where(offs < vocab, sort_key(v), NO_KEY)
-        above += (key > high).to(tl.int32)
+        if not MASS:
+            above += (key > high).to(tl.int32)
         weight += tl.where(key > high, weight_of(v, shift, LOGITS), 0.0)
         inside = (key > low) & (key <= high)
         position = count + tl.cumsum(inside.to(tl.int32), 0) - 1

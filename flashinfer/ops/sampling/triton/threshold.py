@@ -175,12 +175,13 @@ def search_kernel(
         begin = split * tiles_per_split * SCAN
         room = found + split * ROOM
         mine = fields + split * PART_FIELDS
-        collect_part(x, vocab, 0.0, low, high, begin, tiles_per_split, room, mine, ROOM, STAGES, LOGITS, SCAN)
+        collect_part(x, vocab, 0.0, low, high, begin, tiles_per_split, room, mine, MASS, ROOM, STAGES, LOGITS, SCAN)
         tl.debug_barrier()
         last = tl.atomic_add(ints + ARRIVED, 1, sem="acq_rel", scope="gpu") == num_splits - 1
         tl.debug_barrier()
         if last:
-            interval = (low, high, tl.load(ints + BOTTOM), tl.load(ints + PEAK))
+            # Read again rather than held in registers all the while.
+            interval = (tl.load(ints + LOW), tl.load(ints + HIGH), tl.load(ints + BOTTOM), tl.load(ints + PEAK))
             k = tl.load(ints + WANTED)
             limit = tl.load(search[1] + row)
             floor, kept = settle(
