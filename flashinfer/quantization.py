@@ -63,8 +63,8 @@ def segment_packbits(x: torch.Tensor, indptr: torch.Tensor, bitorder: str = "big
 
     x: `[indptr[-1]]`, bool or an integer dtype. indptr: `[batch_size + 1]`, int32 or int64, offsets of the segments in
     elements, on x's device or the host. Returns (uint8 `[new_indptr[-1]]`, new_indptr like indptr in bytes).
-    With indptr on a GPU this waits for it once: callers rely on a result of exactly that size, which depends on values.
-    With indptr on the host nothing waits.
+    With indptr on a GPU this waits for it once, so a CUDA graph cannot capture it: callers of FlashInfer rely on a
+    result of exactly that size, which depends on values. With indptr on the host nothing waits.
     """
     _mask(x, bitorder)
     like = None if isinstance(indptr, torch.Tensor) and indptr.is_cpu else ("x", x)

@@ -203,6 +203,26 @@ def test_single_requests(compiler: str) -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("compiler", COMPILERS)
+def test_merging_of_states(compiler: str) -> None:
+    """A cascade: parts of the keys attended one by one, merged in each of the ways."""
+    mask = torch.tensor([True, False, True, True, False, True], device=DEVICE)
+
+    def merges(v: torch.Tensor, s: torch.Tensor, out: torch.Tensor, out_s: torch.Tensor) -> list[torch.Tensor]:
+        v_ab, s_ab = flashinfer.merge_state(v[:, 0], s[:, 0], v[:, 1], s[:, 1])
+        flashinfer.merge_state_in_place(out, out_s, v[:, 2], s[:, 2], mask)
+        flashinfer.merge_state_in_place(v_ab, s_ab, out, out_s)
+        return [*flashinfer.merge_states(v, s), v_ab, s_ab, out, out_s]
+
+    compiled = torch.compile(merges, fullgraph=True, backend=compiler, dynamic=True)
+    for num_states in (3, 5):
+        v = torch.randn(6, num_states, NUM_QO_HEADS, HEAD_DIM, device=DEVICE).to(DTYPE)
+        s = torch.randn(6, num_states, NUM_QO_HEADS, device=DEVICE)
+        states = [(v, s, v[:, -1].clone(), s[:, -1].clone()) for _ in range(2)]
+        for ours, theirs in zip(compiled(*states[0]), merges(*states[1]), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_errors_name_what_is_wrong() -> None:
     wrapper = make_wrapper("decode")
     q = torch.randn(4, NUM_QO_HEADS, HEAD_DIM, device=DEVICE).to(DTYPE)

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 import flashinfer
-from flashinfer import activation, concat_ops, norm, page, quantization, rope
+from flashinfer import activation, cascade, concat_ops, norm, page, quantization, rope
 from flashinfer.core import replay
 from tests.ops.common import force
 
-OPS = ("norm", "activation", "rope", "page", "quantization")
+OPS = ("norm", "activation", "rope", "page", "quantization", "merge")
 F16, FP8 = torch.float16, torch.float8_e4m3fn
 Problem = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -158,10 +158,24 @@ def page_problems(fresh: Fresh) -> dict[str, Problem]:
     }
 
 
+def merge_problems(fresh: Fresh) -> dict[str, Problem]:
+    half, pair = fresh.half, (fresh.half(5, 3, 16), fresh.scale(15).view(5, 3))
+    states = (half(5, 4, 3, 16), fresh.scale(60).view(5, 4, 3))
+    other = (states[0][:, 1], states[1][:, 1])
+    mask = torch.tensor([True, False, True, True, False], device=fresh.device)
+    return {
+        "merge_state": (cascade.merge_state, (*pair, *other)),
+        "merge_state_in_place": (cascade.merge_state_in_place, (*pair, *other)),
+        "merge_state_masked": (cascade.merge_state_in_place, (*pair, *other, mask)),
+        "merge_states": (cascade.merge_states, states),
+    }
+
+
 def problems(device: str) -> dict[str, Problem]:
     """Fresh arguments of each function."""
     fresh = Fresh(device)
-    return {**row_problems(fresh), **rope_problems(fresh), **page_problems(fresh)}
+    parts = (row_problems(fresh), rope_problems(fresh), page_problems(fresh), merge_problems(fresh))
+    return {name: problem for part in parts for name, problem in part.items()}
 
 
 NAMES = tuple(problems("cpu"))

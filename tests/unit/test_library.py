@@ -10,11 +10,12 @@ import torch
 
 import flashinfer
 from flashinfer.core import library
-from flashinfer.ops import activation, norm
+from flashinfer.ops import activation, merge, norm
 
 X, R = torch.randn(2, 3, 16)
 W, S = torch.randn(16), torch.tensor([0.5])
 OUT = torch.empty(3, 16)
+HEADS, LSE = torch.randn(4, 3, 2, 16), torch.randn(4, 3, 2)
 CALLS = {
     "rmsnorm": (norm.rmsnorm, (OUT, X, W, None, 1e-6, 0.0)),
     "rmsnorm_scaled": (norm.rmsnorm, (OUT, X, W, S, 1e-6, 0.0)),
@@ -24,6 +25,9 @@ CALLS = {
     "silu_and_mul": (activation.silu_and_mul, (OUT[:, :8], X, None)),
     "gelu_and_mul": (activation.gelu_and_mul, (OUT[:, :8], X, S)),
     "gelu_tanh_and_mul": (activation.gelu_tanh_and_mul, (OUT[:, :8], X, None)),
+    "merge_pair": (merge.merge_pair, (HEADS[0], LSE[0], HEADS[1], LSE[1], HEADS[2], LSE[2], None)),
+    "merge_in_place": (merge.merge_pair, (HEADS[0], LSE[0], None, None, HEADS[2], LSE[2], LSE[0, :, 0] > 0)),
+    "merge_many": (merge.merge_many, (HEADS[0], LSE[0], HEADS.transpose(0, 1), LSE.transpose(0, 1))),
 }
 
 

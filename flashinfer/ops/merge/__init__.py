@@ -1,15 +1,12 @@
-"""Merging of attention states (v, lse): associative, exact for empty sides."""
+"""Merging of attention states (v, lse), associative and exact for empty sides, as torch ops."""
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 
-from flashinfer.core.arch import Arch, arch_of
-from flashinfer.core.select import Impl, select, triton_missing
-
-State = tuple[torch.Tensor, torch.Tensor]
+from flashinfer.core import library
+from flashinfer.core.arch import Arch
+from flashinfer.core.select import Choice, Impl, triton_missing
 
 
 def _triton_supports(spec: None, arch: Arch) -> str | None:
@@ -26,15 +23,33 @@ IMPLS = (
 )
 
 
-def merge_pair(a: State, b: State, out: State, mask: torch.Tensor | None = None, backend: str = "auto") -> None:
-    """out = a ⊕ b where mask (default: everywhere); `out` may be `a`. v `[n, heads, dim]`, s fp32 `[n, heads]`."""
-    _impl(a[0], backend).merge_pair(a, b, out, mask)
+CHOICE = Choice(IMPLS)
 
 
-def merge_many(v: torch.Tensor, s: torch.Tensor, out: State, backend: str = "auto") -> None:
-    """out = the ⊕ of dimension 1. v `[n, states, heads, dim]`, s fp32 `[n, states, heads]`."""
-    _impl(v, backend).merge_many(v, s, out)
+@library.register(
+    "merge_pair(Tensor(a!) v, Tensor(b!) s, Tensor? v_a, Tensor? s_a, Tensor v_b, Tensor s_b, Tensor? mask) -> ()"
+)
+def merge_pair(
+    v: torch.Tensor,
+    s: torch.Tensor,
+    v_a: torch.Tensor | None,
+    s_a: torch.Tensor | None,
+    v_b: torch.Tensor,
+    s_b: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> None:
+    """(v, s) = a ⊕ b where mask (default: everywhere); without a in place. v `[n, heads, dim]`, s fp32 `[n, heads]`.
+
+    A mask is for calls in place.
+    """
+    a = (v, s) if v_a is None or s_a is None else (v_a, s_a)
+    CHOICE.module(None, v.device).merge_pair(a, (v_b, s_b), (v, s), mask)
 
 
-def _impl(v: torch.Tensor, backend: str) -> ModuleType:
-    return select(IMPLS, None, arch_of(v.device), backend).load()
+@library.register("merge_many(Tensor(a!) out, Tensor(b!) out_s, Tensor v, Tensor s) -> ()")
+def merge_many(out: torch.Tensor, out_s: torch.Tensor, v: torch.Tensor, s: torch.Tensor) -> None:
+    """(out, out_s) = the ⊕ of dimension 1. v `[n, states, heads, dim]`, s fp32 `[n, states, heads]`."""
+    CHOICE.module(None, v.device).merge_many(v, s, (out, out_s))
+
+
+__all__ = ["CHOICE", "IMPLS", "merge_many", "merge_pair"]

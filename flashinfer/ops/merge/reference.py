@@ -9,6 +9,7 @@ import torch
 State = tuple[torch.Tensor, torch.Tensor]
 
 
+@torch.no_grad()
 def merge_pair(a: State, b: State, out: State, mask: torch.Tensor | None) -> None:
     """out = a ⊕ b where mask; see `flashinfer.ops.merge`."""
     v, s = _merged(torch.stack([a[0], b[0]], 1), torch.stack([a[1], b[1]], 1))
@@ -20,6 +21,7 @@ def merge_pair(a: State, b: State, out: State, mask: torch.Tensor | None) -> Non
     out[1].copy_(s)
 
 
+@torch.no_grad()
 def merge_many(v: torch.Tensor, s: torch.Tensor, out: State) -> None:
     """out = the ⊕ of dimension 1; see `flashinfer.ops.merge`."""
     merged, total = _merged(v, s)

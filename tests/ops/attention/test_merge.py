@@ -9,10 +9,16 @@ import torch
 
 import flashinfer
 from flashinfer.testing import AttentionOptions, assert_close_to_oracle, assert_lse_close_to_oracle, attention
+from tests.ops.common import force, skip_unless_runs
 
 from .common import ALL_DTYPES, DEVICE, size
 
 SHAPES = [(1, 1, 8), (7, 3, 40), (size(33, 1000), 5, 64), (3, 2, 192), (0, 4, 16)]
+
+
+@pytest.fixture(params=["torch", "triton"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    return force(monkeypatch, "merge", request.param)
 
 
 def merged(v: torch.Tensor, s: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +50,8 @@ def compare(got, v, s, dtype) -> None:
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_merge_state(shape, dtype):
+def test_merge_state(shape, dtype, implementation):
+    skip_unless_runs(implementation, dtype)
     n, heads, dim = shape
     v, s = states(n, 2, heads, dim, dtype)
     inputs = [x.clone() for x in (v[:, 0], s[:, 0], v[:, 1], s[:, 1])]
@@ -55,14 +62,16 @@ def test_merge_state(shape, dtype):
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("num_states", [1, 2, 9, size(40, 700)])
-def test_merge_states(num_states, dtype):
+def test_merge_states(num_states, dtype, implementation):
+    skip_unless_runs(implementation, dtype)
     v, s = states(11, num_states, 3, 40, dtype)
     compare(flashinfer.merge_states(v, s), v, s, dtype)
 
 
 @pytest.mark.parametrize("dtype", ALL_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_merge_state_in_place(shape, dtype):
+def test_merge_state_in_place(shape, dtype, implementation):
+    skip_unless_runs(implementation, dtype)
     n, heads, dim = shape
     v, s = states(n, 2, heads, dim, dtype)
     mine, mine_s = v[:, 0].clone(), s[:, 0].clone()
@@ -104,6 +113,18 @@ def test_strided_inputs():
     v, s = states(6, 2, 3, 32, torch.float16)
     compare(flashinfer.merge_state(v[:, 0], s[:, 0], v[:, 1], s[:, 1]), v, s, torch.float16)
     assert not v[:, 0].is_contiguous()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("far", ["states", "rows"])
+def test_offsets_past_2_to_the_31(far):
+    """Three states of a row, or three rows, that begin 2^30 elements apart."""
+    close, _ = states(3, 3, 1, 16, torch.float16)
+    s = torch.randn(3, 3, 1, device=DEVICE)
+    room = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE)
+    v = room.as_strided((3, 3, 1, 16), (16, 2**30, 16, 1) if far == "states" else (2**30, 16, 16, 1))
+    v.copy_(close)
+    compare(flashinfer.merge_states(v, s), close, s, torch.float16)
 
 
 def test_attention_over_parts_merges_to_the_whole():

@@ -47,6 +47,7 @@ def _fold(state, view, offs_n, offs_head, offs_dim, index, mask_row, mask_state,
     """(m, l, acc) with the states `index` of the view added; one with lse -inf is dropped, whatever it holds."""
     m_i, l_i, acc = state
     mask = mask_row[:, None] & mask_state[None, :]
+    index = index.to(tl.int64)  # states may lie far apart
     offs_s = (offs_n * view.s_row + offs_head * view.s_head)[:, None] + index[None, :] * view.s_step
     s = tl.load(view.s + offs_s, mask=mask, other=float("-inf"))
     offs_v = (offs_n * view.v_row + offs_head * view.v_head)[:, None] + index[None, :] * view.v_step
@@ -90,39 +91,3 @@ def merge_kernel(first, rest, out, keep, num_rows, num_states, num_heads, cfg: t
     tl.store(pointers, value.to(out.v.dtype.element_ty), mask=mask)
     lse = tl.where(l_i == 0, float("-inf"), m_i + tl.math.log2(l_i))
     tl.store(out.s + offs_n * out.s_row + offs_head * out.s_head, lse, mask=mask_row)
-
-
-def _view(state: State) -> StateView:
-    v, s = state
-    return StateView(v, s, v.stride(0), v.stride(1), 0, s.stride(0), s.stride(1), 0)
-
-
-def merge_pair(a: State, b: State, out: State, mask: torch.Tensor | None) -> None:
-    """out = a ⊕ b where mask; with a mask, `out` is `a`."""
-    keep = None if mask is None else mask.contiguous().view(torch.uint8)
-    _launch(_view(a), _view(b), _view(out), keep, 1, a[0].shape)
-
-
-def merge_many(v: torch.Tensor, s: torch.Tensor, out: State) -> None:
-    """out = the ⊕ of dimension 1."""
-    states = StateView(v, s, v.stride(0), v.stride(2), v.stride(1), s.stride(0), s.stride(2), s.stride(1))
-    _launch(None, states, _view(out), None, v.shape[1], out[0].shape)
-
-
-def _launch(
-    first: StateView | None,
-    rest: StateView,
-    out: StateView,
-    keep: torch.Tensor | None,
-    num_states: int,
-    shape: torch.Size,
-) -> None:
-    n, num_heads, head_dim = shape
-    num_rows = n * num_heads
-    if num_rows == 0:
-        return
-    cfg = merge_config(head_dim, many=first is None)
-    with torch.cuda.device_of(out.v):
-        merge_kernel[(triton.cdiv(num_rows, cfg.rows),)](
-            first, rest, out, keep, num_rows, num_states, num_heads, cfg=cfg, num_warps=cfg.num_warps
-        )
