@@ -17,7 +17,7 @@ from flashinfer.ops.gemm.gluon_sm90.kernel import FP8_BITS, GemmConfig
 from flashinfer.ops.gemm.spec import GemmSpec
 
 # Rows a group, up to which a tile is as high; more take the last.
-HEIGHTS = (16, 32, 64, 128)
+HEIGHTS = (16, 32, 64, 128, 256)
 # Groups looked at at once, at least and at most; of still more, so many, in a loop that leaves fewer registers.
 GROUP_BLOCK = (32, 256)
 MANY_BLOCK = 128
@@ -93,17 +93,19 @@ TILES = {
     ("64x64", 8): Tile(64, 64, 8, consumers=1, split_rows=True),
     ("64x64x2", 8): Tile(64, 64, 6, consumers=1, split_rows=True, per_sm=2),
 }
-# Until the tiles are tuned: by height of the tile and bits of an operand, for tiles enough for all multiprocessors and
-# for fewer. Rates of a prototype on an H200 (November 2026).
+# By rows a group and bits of an operand, for tiles enough for all multiprocessors and for fewer. From rates on an H200
+# (bench/results/trial-grouped-tiles.txt, 2026-11-22).
 RULES = {
     (16, 16): ("swap16", "swap16"),
     (32, 16): ("swap32", "swap32"),
     (64, 16): ("64x128x2", "64x128x2"),
-    (128, 16): ("128x256", "128x128"),
+    (128, 16): ("64x256", "64x128x2"),
+    (256, 16): ("128x256", "64x256"),
     (16, 8): ("64x128", "64x64"),
     (32, 8): ("64x128", "64x64"),
     (64, 8): ("64x128", "64x64"),
-    (128, 8): ("128x256", "128x64"),
+    (128, 8): ("128x256", "64x128"),
+    (256, 8): ("128x256", "64x128"),
 }
 
 _imposed: ContextVar[Tile | None] = ContextVar("_imposed", default=None)

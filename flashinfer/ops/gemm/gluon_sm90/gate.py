@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flashinfer.device.finish import Finish
-from flashinfer.ops.gemm.gluon_sm90.configs import REGISTERS, TILES, configured
+from flashinfer.ops.gemm.gluon_sm90.configs import REGISTERS, RULES, TILES, configured
 from flashinfer.ops.gemm.gluon_sm90.epilogue import Target
 from flashinfer.ops.gemm.gluon_sm90.kernel import Shape, grouped_kernel
 from flashinfer.ops.gemm.gluon_sm90.launch import box_layout, boxes
@@ -54,19 +54,21 @@ class Problem(NamedTuple):
     groups: int = 32
 
 
+# The tiles that rules choose for 16-bit operands.
+CHOSEN = tuple(sorted({tile for (_, bits), tiles in RULES.items() if bits == 16 for tile in tiles}))
 PROBLEMS = (
     Problem("bf16", BASE),
-    Problem("bf16_swiglu", BASE._replace(activation="swiglu")),
+    Problem("bf16_swiglu", BASE._replace(activation="swiglu"), CHOSEN),
     Problem("bf16_groups256", BASE._replace(indexed=True), ("128x256", "64x128x2", "swap16"), 256),
     Problem("bf16_groups512", BASE, ("128x256",), 512),
-    Problem("bf16_kn", BASE._replace(transposed=True)),
+    Problem("bf16_kn", BASE._replace(transposed=True), CHOSEN),
     Problem("fp16_moe", HALF._replace(activation="swiglu", bias=True, indexed=True), ("128x256", "swap16")),
     Problem("fp16_bias", HALF._replace(activation="gelu", bias=True, row_weights=True), ("128x256", "64x128x2")),
     Problem("bf16_padded", BASE._replace(layout="padded"), ("128x256",)),
     Problem("bf16_equal", BASE._replace(layout="equal"), ("64x128x2",)),
     Problem("bf16_one", BASE._replace(layout="one"), ("128x256", "128x128"), 0),
     Problem("fp8_block", BLOCK),
-    Problem("fp8_block_swiglu", BLOCK._replace(activation="swiglu")),
+    Problem("fp8_block_swiglu", BLOCK._replace(activation="swiglu"), ("128x256", "64x128", "64x64")),
     Problem("fp8_block_groups256", BLOCK._replace(indexed=True, scale_rows=128), ("128x256", "64x128"), 256),
     Problem("fp8_block_one", BLOCK._replace(layout="one"), ("128x256", "128x64", "64x64"), 0),
     Problem("fp8_tensor", TENSOR, ("128x256", "64x128")),

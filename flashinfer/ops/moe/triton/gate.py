@@ -40,8 +40,10 @@ KINDS = (
     ("deepseek", "fp8_block", BF16, E4M3),
     ("gpt_oss", "mxfp4", BF16, torch.uint8),
 )
-# Few enough for programs to look for their pairs, and the most.
-TOKENS = (1, 16, 64)
+# Few enough for programs to look for their pairs, and the most; beside Hopper one of them.
+TOKENS = {"sm90": (1, 16, 64)}
+OTHER_TOKENS = (16,)
+ELSEWHERE_LEFT_OUT = (("qwen", "plain"), ("gpt_oss", "plain"))
 
 
 def spec_of(model: str, kind: str, dtype: torch.dtype, weight_dtype: torch.dtype) -> MoESpec:
@@ -106,17 +108,19 @@ def few_case(model: str, spec: MoESpec, tokens: int, first: bool, name: str) -> 
 
 
 def few_cases() -> Iterator[GateCase]:
-    for (model, kind, *dtypes), tokens, first, name in product(KINDS, TOKENS, (True, False), ALL_ARCHS):
-        if name == "sm80" and E4M3 in dtypes:
+    for (model, kind, *dtypes), first, name in product(KINDS, (True, False), ALL_ARCHS):
+        if (name == "sm80" and E4M3 in dtypes) or (name != "sm90" and (model, kind) in ELSEWHERE_LEFT_OUT):
             continue
-        yield few_case(model, spec_of(model, kind, *dtypes), tokens, first, name)
+        for tokens in TOKENS.get(name, OTHER_TOKENS):
+            yield few_case(model, spec_of(model, kind, *dtypes), tokens, first, name)
 
 
 def sort_cases() -> Iterator[GateCase]:
     """Sorting in one block and in several; few experts and the most."""
     for experts, several in product((8, 256, 1024), (False, True)):
         cfg = sort_config(spec_of("qwen", "plain", BF16, BF16)._replace(num_experts=experts))
-        options = {"options": {"num_warps": WARPS_SORT}}
+        archs = ALL_ARCHS if experts == 256 else ("sm90",)
+        options = {"options": {"num_warps": WARPS_SORT}, "archs": archs}
         counts = I32_PTR if several else None
         name = f"sort_{experts}{'_blocks' if several else ''}"
         numbers = {"ids": I32_PTR, "num_pairs": ODD, "per_block": ODD}
