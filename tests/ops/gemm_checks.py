@@ -74,7 +74,7 @@ def fp4(kind: str, sizes: list[int], n: int, k: int, dtype: torch.dtype = torch.
     indptr, spans, num_rows = ragged(sizes, spare=3)
     codes = torch.randint(0, 256, (len(sizes), n, k // 2), device=DEVICE).to(torch.uint8)
     if kind == "mxfp4":
-        scale = torch.randint(120, 130, (len(sizes), n, k // 32), device=DEVICE).to(torch.uint8)
+        scale = torch.randint(117, 127, (len(sizes), n, k // 32), device=DEVICE).to(torch.uint8)
         weights = Weights(codes, scale=scale, kind=kind)
     else:
         scale = torch.rand(len(sizes), n, k // 16, device=DEVICE).to(E4M3)
