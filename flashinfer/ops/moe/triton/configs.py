@@ -43,9 +43,12 @@ def token_class(tokens: int) -> int:
     return int(triton.next_power_of_2(tokens))
 
 
-def block_m(spec: MoESpec, tokens: int) -> int:
+def block_m(spec: MoESpec, arch: Arch, tokens: int) -> int:
     """Rows of a tile: all that an expert can have; of those that are quantised on the way registers hold fewer."""
-    return min(max(token_class(tokens), 16), 32 if spec.kind == "fp8_block" else 64)
+    most = 64
+    if spec.kind == "fp8_block":
+        most = 32 if arch.converts_to_fp8 else 16
+    return min(max(token_class(tokens), 16), most)
 
 
 def slots_of(spec: MoESpec, tokens: int) -> int:
@@ -56,18 +59,16 @@ def slots_of(spec: MoESpec, tokens: int) -> int:
 def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
     """By rule: tiles of 16 KB, three or four on their way; enough programs that the memory never rests."""
     bits = {"plain": 8 * spec.weight_dtype.itemsize, "mxfp4": 4}.get(spec.kind, 8)
-    many_rows = block_m(spec, tokens) > 32
+    many_rows = block_m(spec, arch, tokens) > 32
     block_k = 128 if bits <= 16 else 64
     # Weights that are converted in registers want more threads.
     block_r, num_warps = (64, 4) if bits >= 16 else (128 if arch.has_wgmma else 64, 8)
     if many_rows and not arch.has_wgmma:
         num_warps = 8
-    if spec.kind == "fp8_block" and not arch.converts_to_fp8:
-        block_r = 32  # conversions in integers take registers
     stages = 3 if many_rows else 4
     depth = spec.hidden_size if first else spec.intermediate_size
     # Shared memory holds the tiles of both sides.
-    row_bytes = block_k * (spec.dtype.itemsize if first else spec.hidden_dtype.itemsize) * block_m(spec, tokens)
+    row_bytes = block_k * (spec.dtype.itemsize if first else spec.hidden_dtype.itemsize) * block_m(spec, arch, tokens)
     room = (arch.smem_bytes or 1 << 20) // 2 if arch.smem_bytes > 120_000 else arch.smem_bytes or 1 << 20
     while stages > 2 and stages * (block_r * block_k * bits // 8 + row_bytes) > room:
         stages -= 1
@@ -128,7 +129,7 @@ def few_config(spec: MoESpec, arch: Arch, tokens: int, tiles: Tiles, first: bool
         top_k=spec.top_k,
         gated=first and spec.gated,
         block_r=tiles.block_r,
-        block_m=block_m(spec, tokens),
+        block_m=block_m(spec, arch, tokens),
         block_k=tiles.block_k,
         splits=tiles.splits,
         scan=SCAN if scans else 0,
