@@ -37,7 +37,6 @@ def group_stats_kernel(
     num_splits,
     tiles_per_split,
     LOGITS: tl.constexpr,
-    STAGES: tl.constexpr,
     cut: tl.constexpr,
 ):
     """Grid: entries * num_splits. Largest number and weight of each group, fp32 `[entries, cut.groups]`.
@@ -54,7 +53,7 @@ def group_stats_kernel(
     offs_tile = tl.arange(0, cut.depth)[:, None] * cut.cols + tl.arange(0, cut.cols)[None, :]
     first = split * tiles_per_split
     end = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, cut.tile))
-    for tile in tl.range(first, end, num_stages=STAGES):
+    for tile in tl.range(first, end, num_stages=1):
         v = read_residual(x, residual, entry, tile * cut.tile + offs_tile, vocab, LOGITS)
         target = entry.to(tl.int64) * cut.groups + tile * cut.tile_groups + tl.arange(0, cut.tile_groups)
         col_max = tl.max(v, 0)
