@@ -101,7 +101,8 @@ def on_hopper() -> Iterator[tuple[str, Call]]:
     chosen = Draws(5, 6, 40, _empty(40, dtype=torch.int64))
     yield "from_logits", lambda: sampled(half, True, Filters(), chosen)
     yield "top_p", lambda: sampled(probs, False, Filters(top_p=0.9), chosen)
-    # What top_k alone compiles is a part of what top_k and top_p do.
+    yield "top_k", lambda: sampled(probs, False, Filters(50), chosen)
+    yield "top_k_top_p_probs", lambda: sampled(probs, False, Filters(50, 0.9), chosen)
     yield "min_p", lambda: sampled(probs, False, Filters(min_p=p), Draws(5, 6, 16))
     yield "joint", lambda: sampled(odd, False, Filters(50, p, joint=True), Draws(5, 6, 16))
     yield "min_p_renorm", lambda: kept(probs, "min_p", p)
