@@ -38,6 +38,11 @@ class Arch:
         return self.name.startswith("sm") and int(self.name[2:]) >= 90
 
     @property
+    def launches_early(self) -> bool:
+        """Whether a kernel may be launched while the one before it runs, and wait for it itself."""
+        return self.name.startswith("sm") and int(self.name[2:]) >= 90
+
+    @property
     def is_cpu(self) -> bool:
         return self.name == "cpu"
 

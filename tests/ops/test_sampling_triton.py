@@ -223,8 +223,26 @@ def test_deterministic() -> None:
     for filters in (*FILTERS.values(), *WIDE_FILTERS.values()):
         runs = [sample(probs, False, filters, Draws(3, 4, 8))[0] for _ in range(5)]
         assert all(torch.equal(runs[0], run) for run in runs)
-    runs = [ops.renormalise(probs, Filters(top_p=0.9), backend="triton") for _ in range(5)]
-    assert all(torch.equal(runs[0], run) for run in runs)
+    for filters in (Filters(top_p=0.9), Filters(top_k=5000)):
+        runs = [ops.renormalise(probs, filters, backend="triton") for _ in range(5)]
+        assert all(torch.equal(runs[0], run) for run in runs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(150, 32_001), (300, 128_256), (700, 50_257)])
+def test_softmax_without_looking_at_others(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that never finds its neighbours' sums computes them; bits are the same however often it looks."""
+    from flashinfer.ops.sampling.triton import softmax_launch
+
+    x = random_logits(*shape, "cuda").bfloat16()
+    x[7], x[8, 5:] = -torch.inf, -torch.inf
+    results = []
+    for polls in (softmax_launch.SOFTMAX_POLLS, 0, 1, 1000):
+        monkeypatch.setattr(softmax_launch, "SOFTMAX_POLLS", polls)
+        out = torch.full(shape, torch.nan, device="cuda")
+        softmax_launch.softmax(out, x, 0.7, None)
+        results.append(out.view(torch.int32))
+    assert all(torch.equal(results[0], other) for other in results[1:])
 
 
 @pytest.mark.gpu

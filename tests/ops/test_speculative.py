@@ -101,6 +101,35 @@ def test_tree_walks_to_a_leaf(device: str) -> None:
     assert nodes.tolist() == [[2, 3, -1]] and accepted.tolist() == [2]
 
 
+def test_nothing_left_by_rounding(device: str) -> None:
+    """Where a draft is refused and no residual is left, the token is one that the target allows, never just any."""
+    goal = torch.zeros(1, 2, 9, device=device)
+    goal[..., [5, 7]] = 0.25
+    drafted = torch.zeros(200, 1, dtype=torch.int32, device=device)
+    # The draft is larger everywhere, and gave a token that the target excludes.
+    tokens, _, emitted = chain_speculative_sampling(
+        (goal[:, :1] + 0.1).expand(200, 1, 9), drafted, goal.expand(200, 2, 9), seed=5, offset=6
+    )
+    assert not emitted.any() and set(tokens[:, 0].tolist()) == {5, 7}
+    # All that the target allows are children, and weigh half together.
+    nodes = torch.tensor([[0, 5, 7]], dtype=torch.int32, device=device).expand(200, 3)
+    first_child = torch.tensor([[1, -1, -1]], dtype=torch.int32, device=device).expand(200, 3)
+    sibling = torch.tensor([[-1, 2, -1]], dtype=torch.int32, device=device).expand(200, 3)
+    tokens, _, accepted = tree_speculative_sampling(
+        nodes, first_child, sibling, goal[:, :1].expand(200, 3, 9), seed=5, offset=6
+    )
+    assert set(accepted.tolist()) == {0, 1} and set(tokens[:, 0].tolist()) == {5, 7}
+
+
+def test_tree_with_a_circle_stays_in_bounds(device: str) -> None:
+    """A link back is none; the memory behind the rows is untouched."""
+    eye = torch.eye(6, device=device)[None, [1, 1, 1]].expand(4, 3, 6)
+    nodes, links = (torch.ones(4, 3, dtype=torch.int32, device=device) for _ in range(2))
+    tokens, path, accepted = tree_speculative_sampling(nodes, links, links, eye)
+    assert tokens.tolist() == [[1, 1, -1]] * 4
+    assert path.tolist() == [[1, -1]] * 4 and accepted.tolist() == [1] * 4
+
+
 def test_errors(device: str) -> None:
     probs = torch.rand(2, 3, 6, device=device)
     ids = torch.zeros(2, 2, dtype=torch.int32, device=device)

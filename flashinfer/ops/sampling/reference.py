@@ -202,6 +202,11 @@ def select(x: torch.Tensor, selection: Selection) -> tuple[torch.Tensor, torch.T
     return values, column.gather(1, order).masked_fill(beyond, -1).to(selection.index_dtype)
 
 
+def _unless_empty(left: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """What is left of probabilities, or where rounding left nothing the `rows` themselves."""
+    return torch.where((left > 0).any(dim=-1, keepdim=True), left, rows)
+
+
 def verify_chain(
     draft_probs: torch.Tensor, draft_tokens: torch.Tensor, target_probs: torch.Tensor, draws: Draws
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -217,8 +222,10 @@ def verify_chain(
     row = torch.arange(batch_size, device=device)
     residual = target_probs[row, emitted].float()
     padded = torch.cat([draft_probs, draft_probs.new_zeros(batch_size, 1, vocab_size)], 1)
-    residual = (residual - padded[row, emitted].float()).clamp(min=0)
-    last, _ = inverse_transform(residual, None, uniform(batch_size, draws.seed, draws.offset, device))
+    left = (residual - padded[row, emitted].float()).clamp(min=0)
+    last, _ = inverse_transform(
+        _unless_empty(left, residual), None, uniform(batch_size, draws.seed, draws.offset, device)
+    )
     position = torch.arange(num_drafts + 1, device=device)
     tokens = torch.cat([draft_tokens.long(), draft_tokens.new_full((batch_size, 1), -1).long()], 1)
     tokens = torch.where(position < emitted[:, None], tokens, -1)
@@ -242,7 +249,7 @@ def verify_tree(
     tokens = torch.full((batch_size, num_nodes + 1), -1, dtype=torch.long, device=device)
     path = tokens.clone()
     for _ in range(num_nodes):
-        there = child > 0
+        there = child > node
         at = child.clamp(min=0)
         token = tree.tokens.long()[row, at]
         covered = covered + torch.where(there, target_probs[row, node, token].double(), 0.0)
@@ -255,6 +262,10 @@ def verify_tree(
         covered = torch.where(taken, 0.0, covered)
         following = torch.where(taken, tree.first_child.long()[row, at], tree.next_sibling.long()[row, at])
         child = torch.where(there, following, child)
-    last, _ = inverse_transform(left[row, node], None, uniform(batch_size, draws.seed, draws.offset, device))
+    last, _ = inverse_transform(
+        _unless_empty(left[row, node], target_probs[row, node].float()),
+        None,
+        uniform(batch_size, draws.seed, draws.offset, device),
+    )
     tokens[row, depth] = last
     return tokens[:, :num_nodes].to(tree.tokens.dtype), path[:, : num_nodes - 1].int(), depth.int()

@@ -10,7 +10,6 @@ from flashinfer.core.launch import Prebound, alignment
 from flashinfer.ops.sampling.spec import Draws, Selection, Tree
 from flashinfer.ops.sampling.triton.launch import (
     COLLECT_SCAN,
-    COLLECT_STAGES,
     COLLECT_WARPS,
     REGISTERS,
     SCAN,
@@ -91,7 +90,7 @@ def select(
     _candidates(
         (num_rows * splits, 1, 1),
         key,
-        (x, group_max, *window, parts, k, *sizes, num_groups, splits, per_split, cut, COLLECT_STAGES, scan),
+        (x, group_max, *window, parts, k, *sizes, num_groups, splits, per_split, cut, scan),
         x.device,
         num_warps=COLLECT_WARPS,
         **REGISTERS,

@@ -9,9 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashinfer.ops.sampling.triton.resolve import draw_above
 from flashinfer.ops.sampling.triton.rows import (
     LOG2E,
     NEG_INF,
+    POSITIVE_KEY,
     group_offsets,
     group_weights,
     pick,
@@ -22,6 +24,10 @@ from flashinfer.ops.sampling.triton.rows import (
     wait_for_launch_before,
     weight_of,
 )
+from flashinfer.ops.sampling.triton.search import scan_weight
+
+# What is read at a time of a row of which rounding left nothing.
+SCAN = tl.constexpr(1024)
 
 
 @triton.jit(do_not_specialize=["num_splits", "tiles_per_split"])
@@ -37,7 +43,6 @@ def group_stats_kernel(
     num_splits,
     tiles_per_split,
     LOGITS: tl.constexpr,
-    STAGES: tl.constexpr,
     cut: tl.constexpr,
 ):
     """Grid: entries * num_splits. Largest number and weight of each group, fp32 `[entries, cut.groups]`.
@@ -54,7 +59,7 @@ def group_stats_kernel(
     offs_tile = tl.arange(0, cut.depth)[:, None] * cut.cols + tl.arange(0, cut.cols)[None, :]
     first = split * tiles_per_split
     end = tl.minimum(first + tiles_per_split, tl.cdiv(vocab, cut.tile))
-    for tile in tl.range(first, end, num_stages=STAGES):
+    for tile in tl.range(first, end, num_stages=1):
         v = read_residual(x, residual, entry, tile * cut.tile + offs_tile, vocab, LOGITS)
         target = entry.to(tl.int64) * cut.groups + tile * cut.tile_groups + tl.arange(0, cut.tile_groups)
         col_max = tl.max(v, 0)
@@ -104,7 +109,8 @@ def draw_kernel(
 ):
     """Grid: samples. rows: the row of each sample, or None; PER_SAMPLE: statistics are of samples, else of rows.
 
-    tokens: a row of tokens_stride numbers for each sample; place: which of them is written, or None for the first.
+    Where the residual is nothing, as rounding may leave it, the draw is from the row itself. tokens: a row of
+    tokens_stride numbers for each sample; place: which of them is written, or None for the first.
     """
     wait_for_launch_before(EARLY)
     sample = tl.program_id(0)
@@ -118,7 +124,7 @@ def draw_kernel(
     weight, _shift = group_weights(group_max, group_sum, entry.to(tl.int64) * cut.groups + offs_group, mask, LOGITS)
     total = tl.sum(weight, 0)
     draw = tl.full([1], 0, tl.int32)
-    a, b, c, _d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
+    a, b, c, d = random_words(keys, seed_low, seed_high, offset_low, offset_high, sample, draw)
     group = pick(weight, offs_group, tl.sum(uniform_wide(a, b), 0))
     offs = group_offsets(group + draw, cut)
     v = read_residual(x, residual, entry, offs, vocab, LOGITS)
@@ -127,6 +133,12 @@ def draw_kernel(
     token = tl.reshape(offs, [cut.group])
     at = pick(w, tl.arange(0, cut.group), tl.sum(uniform_narrow(c), 0))
     token = tl.sum(tl.where(tl.arange(0, cut.group) == at, token, 0), 0)
+    if residual.minus is not None or residual.excluded is not None:
+        if total == 0:
+            u = tl.sum(uniform_narrow(d), 0)
+            low = tl.full((), POSITIVE_KEY, tl.int32)
+            all_of_it = scan_weight(x, vocab, 0.0, low, LOGITS, SCAN)
+            token, _key = draw_above(x, vocab, 0.0, low, all_of_it, u, tl.sum(uniform_narrow(c), 0), LOGITS, SCAN)
     target = sample.to(tl.int64) * tokens_stride
     if place is not None:
         target += tl.load(place + sample)

@@ -38,9 +38,6 @@ CANDIDATE_DRAW = tl.constexpr(16)
 MAX_ROUNDS = tl.constexpr(64)
 # Groups that hold the nucleus of most rows of a language model.
 HEAD_GROUPS = tl.constexpr(128)
-# Rows with a smaller top_p that are too wide to be held are searched for their floor: so few would a pivot pass. With a
-# larger one the guess may hold more than there is room for.
-MOST_SEARCHED = tl.constexpr(0.25)
 # Groups of the sample that tells where; more spill registers.
 FILTER_SAMPLE = tl.constexpr(64)
 # The state of a row, ints and floats from 4 on, behind four pivots; PEAK: key of its largest number.
@@ -331,7 +328,6 @@ def filter_kernel(
     bound = lowest
     limit = tl.full((), float("inf"), tl.float32)
     held = tl.full((), -1, tl.int32)
-    searched = k < 0
     if usable:
         unlimited = p >= 1.0
         if (k < vocab) | (unlimited == 0):
@@ -341,8 +337,6 @@ def filter_kernel(
             floor, share, held, bound = hold(
                 x, vocab, shift, group_key, k, mass, lowest, slots, stats, TOP_K, KIND != "k", LOGITS, cut
             )
-            # Of most rows with a small top_p no pivot would pass.
-            searched = (k < vocab) if KIND != "p" else (p < MOST_SEARCHED)
             if unlimited == 0:
                 limit = tl.where((k < vocab) & (held >= 0), p * share, mass) if KIND == "kp" else mass
     token = tl.full((), 0, tl.int32)
@@ -360,21 +354,18 @@ def filter_kernel(
         low = tl.full((), NO_KEY, tl.int32)
         turns = tl.full((), 1, tl.int32)
         is_open = tl.full((), PIVOTS_ONLY, tl.int32)
-        if searched:
-            MASS: tl.constexpr = KIND == "p"
-            whole = total.to(tl.float32) if MASS else tl.cast(vocab, tl.float32)
-            light = whole - (limit if MASS else k.to(tl.float32))
-            bottom = lowest - 1 if MASS else bound - 1
-            low, high = guess_interval(
-                x, vocab, num_groups, shift, light, whole, bottom, peak, MASS, FILTER_SAMPLE, LOGITS, cut
-            )
-            tl.store(ints + LOW, low)
-            tl.store(ints + HIGH, high)
-            tl.store(ints + BOTTOM, bottom)
-            tl.store(ints + PEAK, peak)
-            tl.store(ints + WANTED, k)
-            is_open = tl.full((), SEARCHED, tl.int32)
-            turns = tl.full((), 4, tl.int32)
+        if KIND != "p":
+            # Of all that are not held, top_k's: of the nucleus alone pivots tell.
+            if k < vocab:
+                light = (vocab - k).to(tl.float32)
+                bottom = bound - 1
+                low, high = guess_interval(x, vocab, num_groups, light, bottom, peak, False, FILTER_SAMPLE, LOGITS, cut)
+                tl.store(ints + LOW, low)
+                tl.store(ints + HIGH, high)
+                tl.store(ints + BOTTOM, bottom)
+                tl.store(ints + WANTED, k)
+                is_open = tl.full((), SEARCHED, tl.int32)
+                turns = tl.full((), 4, tl.int32)
         pivot_tokens, pivots = draw_hopeful_pivots(
             x, vocab, weight, offs_group, random, sample, low, turns, LOGITS, cut
         )

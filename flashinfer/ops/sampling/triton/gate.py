@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 
+from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound
 from flashinfer.ops.sampling.spec import Draws, Filters, Parameter, Samples, Selection, Tree
 from flashinfer.ops.sampling.triton import choose, launch, softmax_launch
 from flashinfer.testing.gate import ALL_ARCHS, Constant, GateCase, Typed, case_of
 
 VOCAB = 128256
+EARLY = tuple(arch for arch in ALL_ARCHS if Arch(arch, 0, 0).launches_early)
+LATE = tuple(arch for arch in ALL_ARCHS if arch not in EARLY)
 Call = Callable[[], object]
 
 
@@ -24,19 +28,21 @@ class Launched(NamedTuple):
     options: dict[str, Any]
 
 
-def record(call: Call) -> list[Launched]:
-    """The launches `call` would make."""
+def record(call: Call, early: bool) -> list[Launched]:
+    """The launches `call` would make; early: as on an architecture whose kernels are launched early."""
     seen: list[Launched] = []
-    original = Prebound.__call__
+    original, options = Prebound.__call__, launch.waits_itself
 
     def note(self: Prebound, grid: object, key: object, args: tuple[Any, ...], device: object, **options: Any) -> None:
         seen.append(Launched(self.kernel, args, options))
 
     Prebound.__call__ = note  # type: ignore[assignment]
+    launch.waits_itself = lambda device: {"launch_pdl": True} if early else {}
     try:
         call()
     finally:
         Prebound.__call__ = original  # type: ignore[method-assign]
+        launch.waits_itself = options
     return seen
 
 
@@ -95,7 +101,8 @@ def on_hopper() -> Iterator[tuple[str, Call]]:
     chosen = Draws(5, 6, 40, _empty(40, dtype=torch.int64))
     yield "from_logits", lambda: sampled(half, True, Filters(), chosen)
     yield "top_p", lambda: sampled(probs, False, Filters(top_p=0.9), chosen)
-    # What top_k alone compiles is a part of what top_k and top_p do.
+    yield "top_k", lambda: sampled(probs, False, Filters(50), chosen)
+    yield "top_k_top_p_probs", lambda: sampled(probs, False, Filters(50, 0.9), chosen)
     yield "min_p", lambda: sampled(probs, False, Filters(min_p=p), Draws(5, 6, 16))
     yield "joint", lambda: sampled(odd, False, Filters(50, p, joint=True), Draws(5, 6, 16))
     yield "min_p_renorm", lambda: kept(probs, "min_p", p)
@@ -107,15 +114,18 @@ def on_hopper() -> Iterator[tuple[str, Call]]:
 
 def cases() -> Iterator[GateCase]:
     """Every kernel for every architecture, and for the one it is tuned on in each form in which it is launched."""
-    seen = set()
-    for calls, archs in ((everywhere(), ALL_ARCHS), (on_hopper(), ("sm90",))):
+    seen: set[tuple[str, str]] = set()
+    runs = ((everywhere(), False, LATE), (everywhere(), True, EARLY), (on_hopper(), True, ("sm90",)))
+    for calls, early, archs in runs:
         for name, call in calls:
-            for launched in record(call):
-                case = _case(f"sampling.{name}.{launched.kernel.__name__}", launched, archs)
+            for launched in record(call, early):
+                kernel = f"sampling.{name}{'.early' * early}.{launched.kernel.__name__}"
+                case = _case(kernel, launched, archs)
                 form = repr((launched.kernel.__name__, case.signature, case.constexprs, case.attrs, case.options))
-                if form not in seen:
-                    seen.add(form)
-                    yield case
+                new = tuple(arch for arch in archs if (form, arch) not in seen)
+                seen.update((form, arch) for arch in new)
+                if new:
+                    yield replace(case, archs=new)
 
 
 def _case(name: str, launched: Launched, archs: tuple[str, ...]) -> GateCase:

@@ -14,6 +14,7 @@ from flashinfer.ops.sampling.spec import Draws, Filters, Halves, Parameter, Samp
 from flashinfer.ops.sampling.triton.draw import draw_kernel, group_stats_kernel
 from flashinfer.ops.sampling.triton.filter import filter_kernel
 from flashinfer.ops.sampling.triton.min_p import min_p_kernel
+from flashinfer.ops.sampling.triton.nucleus import collect_kernel, settle_kernel
 from flashinfer.ops.sampling.triton.resolve import resolve_kernel
 from flashinfer.ops.sampling.triton.rows import NO_RESIDUAL, STATS_WARPS, VECTOR_BYTES, Cut, Keys, Residual, cut_of
 from flashinfer.ops.sampling.triton.scratch import Scratch
@@ -22,27 +23,31 @@ from flashinfer.ops.sampling.triton.threshold import apply_kernel, search_kernel
 SCAN = 2048
 # What one program reads at a time of the rows that min_p leaves to it; more spills registers on sm_120.
 MIN_P_SCAN = 1024
-# Statistics: programs a multiprocessor, and tiles of one that are on their way at once.
+# Statistics: programs a multiprocessor.
 STATS_PROGRAMS = 16
-STATS_STAGES = 1
-# What the sixteen warps of a program that resolves open rows read at a time: half where rows begin off 16 bytes.
-RESOLVE_SCAN = 4096
-RESOLVE_WARPS = 16
+# Open rows: what the warps of a program read at a time (half where rows begin off 16 bytes), programs a multiprocessor.
+RESOLVE_SCAN = 2048
+RESOLVE_WARPS = 8
 RESOLVE_PROGRAMS = 8
-# Numbers that are collected of a row to find its threshold among; of a flat row at top_p 0.5, 6,700 (simulated).
+# How large the batches are that a filter with a top_k reads of groups for the second time; see `cut_of`. Twice as much
+# spills registers (Triton 3.6), top_p alone does not gain.
+TOP_K_READ = 8
+# Numbers that are collected of a row to find top_k's threshold among, what is read at a time for that, programs a
+# multiprocessor.
 FOUND = 8192
-# What is read at a time for that, how many such tiles are on their way at once, and programs a multiprocessor.
 COLLECT_SCAN = 2048
-COLLECT_STAGES = 3
 COLLECT_PROGRAMS = 8
 COLLECT_WARPS = 8
+# The same for top_p's; into how many parts a row is cut for it, and how many lists a part has, one for each thread.
+NUCLEUS_FOUND = 16384
+NUCLEUS_SPLITS = 4
+NUCLEUS_LISTS = 128
 SEARCH_FIELDS = 8
 STATE_FIELDS = 16
 PART_FIELDS = 8
 # Two programs of eight warps a multiprocessor. Stated, since ptxas would else spill a few bytes to fit a third.
 REGISTERS = {"maxnreg": 128}
 APPLY_TILE = 4096
-EARLY_LAUNCHES = False
 
 _stats = Prebound(group_stats_kernel)
 _draw = Prebound(draw_kernel)
@@ -51,6 +56,8 @@ _min_p = Prebound(min_p_kernel)
 _resolve = Prebound(resolve_kernel)
 _threshold = Prebound(threshold_kernel)
 _search = Prebound(search_kernel)
+_collect = Prebound(collect_kernel)
+_settle = Prebound(settle_kernel)
 _apply = Prebound(apply_kernel)
 
 
@@ -82,14 +89,9 @@ def random_of(draws: Draws) -> Random:
     return Random(Keys(seed, offset, *strides), *_halves(draws.seed), *_halves(draws.offset))
 
 
-def _early(device: torch.device) -> bool:
-    """Whether kernels are launched before those whose results they wait for have ended (sm_90 and later)."""
-    name = arch_of(device).name
-    return EARLY_LAUNCHES and name.startswith("sm") and int(name[2:]) >= 90
-
-
-def _options(early: bool) -> dict[str, bool]:
-    return {"launch_pdl": True} if early else {}
+def waits_itself(device: torch.device) -> dict[str, bool]:
+    """Options of a kernel launched while the one whose results it waits for still runs; none before sm_90."""
+    return {"launch_pdl": True} if arch_of(device).launches_early else {}
 
 
 def splits_of(rows: int, tiles: int, programs: int) -> tuple[int, int]:
@@ -118,7 +120,6 @@ class Stats(NamedTuple):
 
 def group_stats(
     x: torch.Tensor,
-    cut: Cut,
     logits: bool,
     wanted: tuple[bool, ...],
     scratch: Scratch,
@@ -127,6 +128,7 @@ def group_stats(
 ) -> Stats:
     """Statistics of each row of `x`, or of the rows `rows`; wanted: maxima, sums, of probs also tails."""
     entries, vocab_size = x.shape[0] if rows is None else rows.shape[0], x.shape[1]
+    cut = cut_of(vocab_size, x.element_size())
     tiles = tiles_of(vocab_size, cut)
     splits, per_split = splits_of(entries, tiles, STATS_PROGRAMS * arch_of(x.device).num_sms)
     shape = (entries, cut.groups)
@@ -140,7 +142,6 @@ def group_stats(
         vocab_size,
         logits,
         wanted,
-        STATS_STAGES,
         cut,
         alignment(x, rows, *pointers),
         kinds_of(rows, *parts),
@@ -148,7 +149,7 @@ def group_stats(
     _stats(
         (entries * splits, 1, 1),
         key,
-        (x, rows, residual, high, total, tail, x.stride(0), vocab_size, splits, per_split, logits, STATS_STAGES, cut),
+        (x, rows, residual, high, total, tail, x.stride(0), vocab_size, splits, per_split, logits, cut),
         x.device,
         num_warps=STATS_WARPS,
         **(REGISTERS if residual is NO_RESIDUAL else {}),
@@ -176,17 +177,15 @@ class Places(NamedTuple):
 
 def _draw_all(x: torch.Tensor, logits: bool, draws: Draws, out: Samples, scratch: Scratch) -> None:
     """One token for each sample by its weight alone."""
-    cut = cut_of(x.shape[1], x.element_size())
     per_sample = draws.indices is None or draws.num_samples <= x.shape[0]
-    stats = group_stats(x, cut, logits, (logits, True), scratch, draws.indices if per_sample else None)
+    stats = group_stats(x, logits, (logits, True), scratch, draws.indices if per_sample else None)
     places = Places(draws.indices, NO_RESIDUAL, out.tokens, None)
     _launch_draw(x, logits, draws, stats, per_sample, places, out.valid)
 
 
 def draw_into(x: torch.Tensor, draws: Draws, places: Places) -> None:
     """One token for each sample by its weight among probs `x`, less the residual."""
-    cut = cut_of(x.shape[1], x.element_size())
-    stats = group_stats(x, cut, False, (False, True), Scratch(x, None), places.rows, places.residual)
+    stats = group_stats(x, False, (False, True), Scratch(x, None), places.rows, places.residual)
     _launch_draw(x, False, draws, stats, True, places, None)
 
 
@@ -199,7 +198,7 @@ def _launch_draw(
     places: Places,
     valid: torch.Tensor | None,
 ) -> None:
-    early = _early(x.device)
+    early = waits_itself(x.device)
     cut, random = cut_of(x.shape[1], x.element_size()), random_of(draws)
     rows, residual, tokens, place = places
     parts = tuple(residual)
@@ -212,11 +211,11 @@ def _launch_draw(
         (
             *(x, rows, residual, stats.group_max, stats.group_sum, *random, tokens, place, tokens.stride(0)),
             *(_bytes(valid), x.stride(0), x.shape[1], stats.num_groups),
-            *(per_sample, logits, cut, early),
+            *(per_sample, logits, cut, bool(early)),
         ),
         x.device,
         num_warps=cut.num_warps,
-        **_options(early),
+        **early,
     )
 
 
@@ -253,16 +252,15 @@ def _draw_filtered(
     x: torch.Tensor, logits: bool, filters: Filters, draws: Draws, out: Samples, scratch: Scratch
 ) -> None:
     """One token for each sample among those that pass the filters."""
-    early = _early(x.device)
-    kind, rows = filters.kind, draws.indices
-    cut = cut_of(x.shape[1], x.element_size())
+    early, kind, rows = waits_itself(x.device), filters.kind, draws.indices
     per_sample = rows is None or draws.num_samples <= x.shape[0]
     wanted = (True, True, kind == "p" and not logits)
-    stats = group_stats(x, cut, logits, wanted, scratch, rows if per_sample else None)
+    stats = group_stats(x, logits, wanted, scratch, rows if per_sample else None)
     if kind == "min_p":
         _launch_min_p(x, filters, draws, stats, per_sample, out, scratch)
         return
     num_samples, vocab_size = draws.num_samples, x.shape[1]
+    cut = cut_of(vocab_size, x.element_size(), **({} if kind == "p" else {"read_per_thread": TOP_K_READ}))
     floats, ints = (scratch.empty((num_samples, STATE_FIELDS), t) for t in (torch.float32, torch.int32))
     random, tokens = random_of(draws), out.tokens
     top_k = pointer_and_value(filters.top_k, vocab_size, vocab_size)
@@ -275,12 +273,12 @@ def _draw_filtered(
         (
             *(x, rows, *stats.tensors, *random, *top_k, *top_p),
             *((*slots_of(scratch, cut, num_samples), floats, ints), tokens, _bytes(out.valid)),
-            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut, early),
+            *(x.stride(0), vocab_size, stats.num_groups, kind, per_sample, logits, cut, bool(early)),
         ),
         x.device,
         num_warps=cut.num_warps,
         **REGISTERS,
-        **_options(early),
+        **early,
     )
     _launch_resolve(x, logits, kind, draws, out, (floats, ints), scratch)
 
@@ -288,7 +286,7 @@ def _draw_filtered(
 def _launch_min_p(
     x: torch.Tensor, filters: Filters, draws: Draws, stats: Stats, per_sample: bool, out: Samples, scratch: Scratch
 ) -> None:
-    early = _early(x.device)
+    early = waits_itself(x.device)
     cut, random, rows = cut_of(x.shape[1], x.element_size()), random_of(draws), draws.indices
     min_p = pointer_and_value(filters.min_p, 0.0)
     key = (x.dtype, x.stride(0), x.shape[1], cut, random.key, out.tokens.dtype, per_sample, out.valid is None)
@@ -306,13 +304,13 @@ def _launch_min_p(
                 per_sample,
                 cut,
                 MIN_P_SCAN,
-                early,
+                bool(early),
             ),
         ),
         x.device,
         num_warps=cut.num_warps,
         **REGISTERS,
-        **_options(early),
+        **early,
     )
 
 
@@ -331,14 +329,13 @@ def _launch_resolve(
 ) -> None:
     """Draw for the rows that are left open; most rows are not, so open ones are cut finely."""
     num_samples, vocab_size, rows, tokens = draws.num_samples, x.shape[1], draws.indices, out.tokens
-    early = _early(x.device)
-    random = random_of(draws)
+    early, random = waits_itself(x.device), random_of(draws)
     scan = RESOLVE_SCAN if x.stride(0) * x.element_size() % VECTOR_BYTES == 0 else RESOLVE_SCAN // 2
     splits, per_split = splits_of(
         num_samples, triton.cdiv(vocab_size, scan), RESOLVE_PROGRAMS * arch_of(x.device).num_sms
     )
     partial = scratch.empty((num_samples, splits, PART_FIELDS), torch.float32)
-    found = scratch.empty((num_samples, FOUND), torch.float32)
+    found = None if kind == "p" else scratch.empty((num_samples, FOUND), torch.float32)
     block = triton.next_power_of_2(splits)
     key = (x.dtype, x.stride(0), vocab_size, logits, random.key, tokens.dtype, alignment(x, rows), scan)
     _resolve(
@@ -346,12 +343,12 @@ def _launch_resolve(
         (key, kind, block, None if rows is None else rows.dtype),
         (
             *(x, rows, *random, state, partial, found, tokens, x.stride(0), vocab_size, splits, per_split),
-            *(kind, block, FOUND, COLLECT_STAGES, logits, scan, early),
+            *(kind, block, FOUND, logits, scan, bool(early)),
         ),
         x.device,
         num_warps=RESOLVE_WARPS,
         **REGISTERS,
-        **_options(early),
+        **early,
     )
 
 
@@ -375,7 +372,7 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, 
     top_k = kind == "k"
     num_rows, vocab_size = x.shape
     cut = cut_of(vocab_size, x.element_size())
-    stats = group_stats(x, cut, logits, (True, not logits), scratch)
+    stats = group_stats(x, logits, (True, not logits), scratch)
     found = Thresholds(scratch.empty((num_rows,), torch.int32), scratch.empty((num_rows,), torch.float32))
     slots = slots_of(scratch, cut, num_rows)
     search = None
@@ -394,29 +391,24 @@ def _thresholds(x: torch.Tensor, kind: str, parameter: Parameter, logits: bool, 
         num_warps=cut.num_warps,
         **REGISTERS,
     )
-    if search is None:
-        return found
-    _launch_search(x, search, found, kind, logits, scratch)
+    if search is not None and top_k:
+        _find_kth(x, search, found, logits, scratch)
+    if search is not None and not top_k:
+        _find_nucleus(x, search, found, scratch)
     return found
 
 
-def _launch_search(
-    x: torch.Tensor,
-    search: tuple[torch.Tensor, torch.Tensor],
-    found: Thresholds,
-    kind: str,
-    logits: bool,
-    scratch: Scratch,
+def _find_kth(
+    x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds, logits: bool, scratch: Scratch
 ) -> None:
-    """Find the thresholds of open rows."""
+    """top_k's thresholds of open rows."""
     num_rows, vocab_size = x.shape
     # What is counted as well as weighed takes more registers.
-    scan = COLLECT_SCAN if kind == "p" else COLLECT_SCAN // 2
+    scan = COLLECT_SCAN // 2
     splits, per_split = splits_of(num_rows, triton.cdiv(vocab_size, scan), COLLECT_PROGRAMS * arch_of(x.device).num_sms)
-    block = triton.next_power_of_2(splits)
     partial = scratch.empty((num_rows, splits, PART_FIELDS), torch.float32)
     collected = scratch.empty((num_rows, FOUND), torch.float32)
-    form = (kind == "p", block, FOUND, COLLECT_STAGES, logits, scan)
+    form = (triton.next_power_of_2(splits), FOUND, logits, scan)
     _search(
         (num_rows * splits, 1, 1),
         (x.dtype, x.stride(0), vocab_size, form, alignment(x)),
@@ -425,6 +417,24 @@ def _launch_search(
         num_warps=COLLECT_WARPS,
         **REGISTERS,
     )
+
+
+def _find_nucleus(
+    x: torch.Tensor, search: tuple[torch.Tensor, torch.Tensor], found: Thresholds, scratch: Scratch
+) -> None:
+    """top_p's thresholds of open rows of probs."""
+    num_rows, vocab_size = x.shape
+    # Finer parts would leave each list so little room that chance may fill it.
+    splits, per_split = splits_of(1, triton.cdiv(vocab_size, SCAN), NUCLEUS_SPLITS)
+    block = triton.next_power_of_2(splits)
+    collected = scratch.empty((num_rows, NUCLEUS_FOUND), torch.float32)
+    sums = scratch.empty((num_rows, 3, block, NUCLEUS_LISTS), torch.float32)
+    key = (x.dtype, x.stride(0), vocab_size, block, alignment(x))
+    sizes, form = (x.stride(0), vocab_size, splits), (block, NUCLEUS_FOUND, NUCLEUS_LISTS, SCAN)
+    arguments: tuple[object, ...] = (x, search, collected, sums, *sizes, per_split, *form)
+    _collect((num_rows * splits, 1, 1), key, arguments, x.device, num_warps=NUCLEUS_LISTS // 32)
+    arguments = (x, *found, search, collected, sums, *sizes, *form)
+    _settle((num_rows, 1, 1), key, arguments, x.device, num_warps=16, **REGISTERS)
 
 
 def keep(

@@ -126,7 +126,6 @@ def resolve_kernel(
     KIND: tl.constexpr,
     SPLITS: tl.constexpr,
     FOUND: tl.constexpr,
-    STAGES: tl.constexpr,
     LOGITS: tl.constexpr,
     SCAN: tl.constexpr,
     EARLY: tl.constexpr,
@@ -135,8 +134,8 @@ def resolve_kernel(
 
     The splits of a row sum what weighs more than each pivot, and collect what its floor is searched for among; the
     last one to arrive takes the first pivot that passes, or goes on alone. state: floats and ints of `filter_kernel`;
-    partial: fp32 `[samples, num_splits, PART_FIELDS]`; found: fp32 `[samples, FOUND]`. SPLITS: num_splits rounded up
-    to 2^n.
+    partial: fp32 `[samples, num_splits, PART_FIELDS]`; found: fp32 `[samples, FOUND]`, of top_p None. SPLITS:
+    num_splits rounded up to 2^n.
     """
     wait_for_launch_before(EARLY)
     sample = tl.program_id(0) // num_splits
@@ -152,21 +151,23 @@ def resolve_kernel(
         order = tl.arange(0, NUM_PIVOTS)
         shift = tl.load(floats + SHIFT)
         fields = partial + sample.to(tl.int64) * num_splits * PART_FIELDS
-        found += sample.to(tl.int64) * FOUND
+        if KIND != "p":
+            found += sample.to(tl.int64) * FOUND
         low = tl.load(ints + LOW)
         high = tl.load(ints + HIGH)
         mine = fields + split * PART_FIELDS
         if KIND != "k":
             masses = pivot_masses(x, vocab, shift, tl.load(floats + order), split, tiles_per_split, LOGITS, SCAN)
             tl.store(mine + order, masses)
-        if is_open == SEARCHED:
-            ROOM: tl.constexpr = FOUND // SPLITS
-            begin = split * tiles_per_split * SCAN
-            room = found + split * ROOM
-            # Half as much at a time as for the pivots: more spills registers.
-            tiles = 2 * tiles_per_split
-            HALF: tl.constexpr = SCAN // 2
-            collect_part(x, vocab, shift, low, high, begin, tiles, room, mine, KIND == "p", ROOM, STAGES, LOGITS, HALF)
+        if KIND != "p":
+            if is_open == SEARCHED:
+                ROOM: tl.constexpr = FOUND // SPLITS
+                begin = split * tiles_per_split * SCAN
+                room = found + split * ROOM
+                # Half as much at a time as for the pivots: more spills registers.
+                tiles = 2 * tiles_per_split
+                HALF: tl.constexpr = SCAN // 2
+                collect_part(x, vocab, shift, low, high, begin, tiles, room, mine, ROOM, LOGITS, HALF)
         tl.debug_barrier()
         last = tl.atomic_add(ints + ARRIVED, 1, sem="acq_rel", scope="gpu") == num_splits - 1
         tl.debug_barrier()
@@ -175,30 +176,16 @@ def resolve_kernel(
             floor = tl.load(ints + FLOOR)
             peak = tl.load(ints + PEAK)
             kept = tl.full((), -1.0, tl.float32)
-            if is_open == SEARCHED:
-                interval = (low, high, tl.load(ints + BOTTOM), peak)
-                k = tl.load(ints + WANTED)
-                floor, kept = settle(
-                    x,
-                    vocab,
-                    shift,
-                    found,
-                    fields,
-                    num_splits,
-                    k,
-                    limit,
-                    interval,
-                    KIND == "p",
-                    FOUND,
-                    SPLITS,
-                    LOGITS,
-                    SCAN,
-                )
-                if KIND == "p":
-                    limit = tl.full((), float("inf"), tl.float32)
-                elif KIND == "kp":
-                    p = tl.load(floats + TOP_P)
-                    limit = tl.where(p < 1.0, p * kept, float("inf"))
+            if KIND != "p":
+                if is_open == SEARCHED:
+                    interval = (low, high, tl.load(ints + BOTTOM), peak)
+                    k = tl.load(ints + WANTED)
+                    floor, kept = settle(
+                        x, vocab, shift, found, fields, num_splits, k, interval, FOUND, SPLITS, LOGITS, SCAN
+                    )
+                    if KIND == "kp":
+                        p = tl.load(floats + TOP_P)
+                        limit = tl.where(p < 1.0, p * kept, float("inf"))
             masses = tl.zeros([NUM_PIVOTS], tl.float32)
             if KIND != "k":
                 splits = tl.arange(0, SPLITS)

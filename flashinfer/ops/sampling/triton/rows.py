@@ -57,10 +57,7 @@ class Cut:
 
 @lru_cache(maxsize=1024)
 def cut_of(vocab_size: int, itemsize: int, candidates: int = 2048, group: int = GROUP, read_per_thread: int = 4) -> Cut:
-    """The cut of rows of `vocab_size` numbers of `itemsize` bytes; read_per_thread: how large a batch is.
-
-    More than 4 make the kernels that also draw spill registers (Triton 3.6, sm_90 and sm_120).
-    """
+    """The cut of rows of `vocab_size` numbers of `itemsize` bytes; read_per_thread: how large a batch is."""
     while triton.cdiv(vocab_size, group) > MAX_GROUPS:
         group *= 2
     width = min(VECTOR_BYTES // itemsize, group)

@@ -1,7 +1,7 @@
-"""The search for a row's threshold, among its own numbers, by several programs.
+"""The search for the threshold of a row's k largest numbers, among its own numbers, by several programs.
 
 A sample of the row's groups tells an interval of keys in which the threshold probably lies. The splits of the row
-collect what lies there and sum what lies above; the last of them to arrive settles it.
+collect what lies there and sum what lies above; the last of them to arrive settles it. See `nucleus.py` for top_p.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ PART_FIELDS = tl.constexpr(8)
 INSIDE = tl.constexpr(4)
 ABOVE = tl.constexpr(5)
 ABOVE_WEIGHT = tl.constexpr(6)
+# How many tiles are on their way at once where numbers are collected.
+COLLECT_STAGES = tl.constexpr(3)
 
 
 @triton.jit
@@ -48,9 +50,7 @@ def guess_interval(
     x,
     vocab,
     num_groups,
-    shift,
     light,
-    total,
     bottom,
     peak,
     MASS: tl.constexpr,
@@ -58,33 +58,25 @@ def guess_interval(
     LOGITS: tl.constexpr,
     cut: tl.constexpr,
 ):
-    """Keys (low, high], inside of (bottom, peak], that probably hold the threshold below which `light` of `total` lies.
+    """Keys (low, high], inside of (bottom, peak], that probably hold the threshold below which `light` lies.
 
-    Both are weights (MASS) or numbers of tokens. Of the two that one knows of the sample, what the light tokens should
-    measure by its share of the row, and by what it measures itself, the one that scatters less is held to; the second
-    not where few heavy tokens make up so much that it matters whether the sample has them. Four deviations around it.
+    light: a weight of probs (MASS), or a number of tokens. What is light is much and each of it little: so its share of
+    a sample of the row's groups tells where it ends better than that of the few heavy tokens. Four deviations around.
     """
     sampled = tl.arange(0, SAMPLE_GROUPS)
     group = (sampled.to(tl.int64) * num_groups // SAMPLE_GROUPS).to(tl.int32)
     offs = tl.reshape(group_offsets(group, cut), [SAMPLE_GROUPS * cut.group])
     v = read(x, offs, vocab, LOGITS)
     key = sort_key(v)
-    if MASS:
-        measure = tl.where(offs < vocab, weight_of(v, shift, LOGITS), 0.0)
-    else:
-        measure = (offs < vocab).to(tl.float32)
-    share = tl.sum((offs < vocab).to(tl.float32), 0) / vocab
-    seen = tl.sum(measure, 0)
-    target = light * share
+    inside = (offs < vocab).to(tl.float32)
+    measure = v if MASS else inside
+    target = light * (tl.sum(inside, 0) / vocab)
     _low, edge = light_edge(key, measure, target, bottom, peak)
-    below = tl.sum(tl.where(key <= edge, measure * measure, 0.0), 0)
-    beyond = tl.sum(tl.where(key > edge, measure * measure, 0.0), 0)
-    fraction = light / total
-    relative = (1.0 - fraction) * (1.0 - fraction) * below + fraction * fraction * beyond
-    fair = tl.abs(seen - total * share) < 0.1 * total * share
-    by_itself = fair & (relative < below)
-    target = tl.where(by_itself, fraction * seen, target)
-    spread = 4.0 * tl.sqrt(tl.where(by_itself, relative, below))
+    variance = tl.sum(tl.where(key <= edge, measure * measure, 0.0), 0)
+    if not MASS:
+        # A part of a known number of tokens.
+        variance *= 1.0 - light / vocab
+    spread = 4.0 * tl.sqrt(variance)
     low, _high = light_edge(key, measure, target - spread, bottom, peak)
     _low, high = light_edge(key, measure, target + spread, bottom, peak)
     return low, high
@@ -101,25 +93,19 @@ def collect_part(
     num_tiles,
     values,
     fields,
-    MASS: tl.constexpr,
     ROOM: tl.constexpr,
-    STAGES: tl.constexpr,
     LOGITS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """Write a part's numbers with keys in (low, high] to `values`, as many as there is room for, and its `fields`.
-
-    MASS: how many lie above is not counted, only weighed.
-    """
+    """Write a part's numbers with keys in (low, high] to `values`, as many as there is room for, and its `fields`."""
     count = tl.full((), 0, tl.int32)
     above = tl.zeros([SCAN], tl.int32)
     weight = tl.zeros([SCAN], tl.float32)
-    for i in tl.range(num_tiles, num_stages=STAGES):
+    for i in tl.range(num_tiles, num_stages=COLLECT_STAGES):
         offs = begin + i * SCAN + tl.arange(0, SCAN)
         v = read(x, offs, vocab, LOGITS)
         key = tl.where(offs < vocab, sort_key(v), NO_KEY)
-        if not MASS:
-            above += (key > high).to(tl.int32)
+        above += (key > high).to(tl.int32)
         weight += tl.where(key > high, weight_of(v, shift, LOGITS), 0.0)
         inside = (key > low) & (key <= high)
         position = count + tl.cumsum(inside.to(tl.int32), 0) - 1
@@ -131,20 +117,6 @@ def collect_part(
 
 
 @triton.jit
-def nucleus_floor(key, weight, limit, low, high):
-    """The smallest t in (low, high] such that less than `limit` weighs more, which holds at `high`: 33 rounds."""
-    low = low.to(tl.int64)
-    high = high.to(tl.int64)
-    while high - low > 1:
-        middle = (low + high) >> 1
-        if tl.sum(tl.where(key > middle.to(tl.int32), weight, 0.0), 0) < limit:
-            high = middle
-        else:
-            low = middle
-    return high.to(tl.int32)
-
-
-@triton.jit
 def settle(
     x,
     vocab,
@@ -153,15 +125,13 @@ def settle(
     fields,
     num_splits,
     k,
-    limit,
     interval,
-    MASS: tl.constexpr,
     FOUND: tl.constexpr,
     SPLITS: tl.constexpr,
     LOGITS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """(the key from which on k tokens, or the fewest that weigh `limit` (MASS), are kept; what is kept weighs).
+    """(the key from which on k tokens are kept; what they weigh).
 
     All that equal the last of them are kept. interval: keys low, high as guessed; bottom, peak that are sure. Where the
     guess was wrong, or more lay in the interval than there is room for, by halving the row itself: at most 34 reads.
@@ -181,20 +151,12 @@ def settle(
     key = tl.reshape(tl.where(collected, sort_key(v), NO_KEY), [FOUND], can_reorder=True)
     fits = tl.max(inside, 0) <= ROOM
     kept = tl.full((), 0.0, tl.float32)
-    if MASS:
-        share = key_weight(key, shift, LOGITS)
-        right = fits & (heavier < limit) & (heavier + tl.sum(share, 0) >= limit)
-    else:
-        # Fewer than k possible tokens: all of them.
-        right = fits & (above < k) & ((above + tl.sum(inside, 0) >= k) | (low == bottom))
-    if right:
-        if MASS:
-            floor = nucleus_floor(key, key_weight(key, shift, LOGITS), limit - heavier, low, high)
-        else:
-            floor = kth_largest_key(key, k - above, low + 1, high + 1)
+    # Fewer than k possible tokens: all of them.
+    if fits & (above < k) & ((above + tl.sum(inside, 0) >= k) | (low == bottom)):
+        floor = kth_largest_key(key, k - above, low + 1, high + 1)
         kept = heavier + tl.sum(tl.where(key >= floor, key_weight(key, shift, LOGITS), 0.0), 0)
     else:
-        floor = floor_by_scans(x, vocab, shift, k, limit, bottom, peak, MASS, LOGITS, SCAN)
+        floor = floor_by_scans(x, vocab, shift, k, 0.0, bottom, peak, False, LOGITS, SCAN)
         kept = scan_weight(x, vocab, shift, floor, LOGITS, SCAN)
     return floor, kept
 

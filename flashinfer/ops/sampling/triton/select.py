@@ -15,7 +15,7 @@ from flashinfer.ops.sampling.triton.rows import (
     read,
     sort_key,
 )
-from flashinfer.ops.sampling.triton.search import floor_by_scans, scan_count
+from flashinfer.ops.sampling.triton.search import COLLECT_STAGES, floor_by_scans, scan_count
 
 
 @triton.jit
@@ -198,7 +198,6 @@ def candidates_kernel(
     num_splits,
     tiles_per_split,
     cut: tl.constexpr,
-    STAGES: tl.constexpr,
     SCAN: tl.constexpr,
 ):
     """Grid: rows * num_splits. Each split writes its part's numbers at or above the row's bound, in order.
@@ -218,7 +217,7 @@ def candidates_kernel(
         values = scratch[0] + part * cut.candidates
         indices = scratch[1] + part * cut.candidates
         count = tl.full((), 0, tl.int32)
-        for i in tl.range(tiles_per_split, num_stages=STAGES):
+        for i in tl.range(tiles_per_split, num_stages=COLLECT_STAGES):
             offs = (split * tiles_per_split + i) * SCAN + tl.arange(0, SCAN)
             v = read(x, offs, length, True)
             keep = (offs < length) & (sort_key(v) >= low)

@@ -6,6 +6,17 @@ import triton
 import triton.language as tl
 
 from flashinfer.ops.sampling.triton.filter import candidates, gather, hold
+from flashinfer.ops.sampling.triton.nucleus import (
+    ARRIVED,
+    BOTTOM,
+    HIGH,
+    LOW,
+    OPEN,
+    PEAK,
+    SEARCH_FIELDS,
+    WANTED,
+    nucleus_floor,
+)
 from flashinfer.ops.sampling.triton.rows import (
     NEG_INF,
     NEG_INF_KEY,
@@ -15,27 +26,10 @@ from flashinfer.ops.sampling.triton.rows import (
     read,
     sort_key,
 )
-from flashinfer.ops.sampling.triton.search import (
-    PART_FIELDS,
-    collect_part,
-    guess_interval,
-    nucleus_floor,
-    scan_weight,
-    settle,
-)
+from flashinfer.ops.sampling.triton.search import PART_FIELDS, collect_part, guess_interval, scan_weight, settle
 
-# Groups of the sample that tells where a floor probably lies.
+# Groups of the sample that tells where a floor probably lies: of top_k's that many, of top_p's half.
 SAMPLE_GROUPS = tl.constexpr(128)
-# Of a row's search: the interval (LOW, HIGH] its floor is guessed to lie in, and (BOTTOM, PEAK] that is sure; whether
-# there is one; how many tokens are kept; how many splits have done their part.
-SEARCH_FIELDS = tl.constexpr(8)
-LOW = tl.constexpr(0)
-HIGH = tl.constexpr(1)
-BOTTOM = tl.constexpr(2)
-PEAK = tl.constexpr(3)
-OPEN = tl.constexpr(4)
-WANTED = tl.constexpr(5)
-ARRIVED = tl.constexpr(6)
 
 
 @triton.jit(do_not_specialize=["num_groups", "value"])
@@ -93,7 +87,6 @@ def threshold_kernel(
     else:
         MASS: tl.constexpr = KIND == "p"
         everything = tl.cast(vocab, tl.int32)
-        whole = tl.cast(vocab, tl.float32)
         limit = tl.full((), 0.0, tl.float32)
         if not LOGITS:
             weight, _shift = group_weights(group_max, group_sum, row * cut.groups + offs_group, mask, LOGITS)
@@ -101,9 +94,8 @@ def threshold_kernel(
         if MASS:
             p = tl.cast(value, tl.float32)
             k = everything
-            whole = kept
             limit = (p * tl.sum(weight, 0)).to(tl.float32)
-            filters = (p < 1.0) & (whole > 0) & (whole < float("inf"))
+            filters = (p < 1.0) & (kept > 0) & (kept < float("inf"))
         else:
             k = tl.maximum(tl.cast(tl.minimum(value, vocab), tl.int32), 1)
             filters = (k < vocab) & (peak >= lowest)
@@ -113,14 +105,13 @@ def threshold_kernel(
             )
             if held < 0:
                 is_open = tl.full((), 1, tl.int32)
-                light = whole - (limit if MASS else k.to(tl.float32))
+                light = kept - limit if MASS else (vocab - k).to(tl.float32)
                 bottom = bound - 1
                 if MASS:
                     # Tokens below (1 - p) / vocab of the total can all be dropped and p is still there.
                     bottom = tl.maximum(sort_key(light / vocab * 0.999), lowest) - 1
-                low, high = guess_interval(
-                    x, vocab, num_groups, shift, light, whole, bottom, peak, MASS, SAMPLE_GROUPS, LOGITS, cut
-                )
+                SAMPLE: tl.constexpr = SAMPLE_GROUPS // 2 if MASS else SAMPLE_GROUPS
+                low, high = guess_interval(x, vocab, num_groups, light, bottom, peak, MASS, SAMPLE, LOGITS, cut)
                 tl.store(search[0] + row * SEARCH_FIELDS + LOW, low)
                 tl.store(search[0] + row * SEARCH_FIELDS + HIGH, high)
                 tl.store(search[0] + row * SEARCH_FIELDS + BOTTOM, bottom)
@@ -151,14 +142,12 @@ def search_kernel(
     vocab,
     num_splits,
     tiles_per_split,
-    MASS: tl.constexpr,
     SPLITS: tl.constexpr,
     FOUND: tl.constexpr,
-    STAGES: tl.constexpr,
     LOGITS: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """Grid: rows * num_splits. The floors of open rows; see `search.py`.
+    """Grid: rows * num_splits. The floors of rows that top_k left open; see `search.py`.
 
     partial: fp32 `[rows, num_splits, PART_FIELDS]`; found: fp32 `[rows, FOUND]`. SPLITS: num_splits rounded up to 2^n.
     """
@@ -175,7 +164,7 @@ def search_kernel(
         begin = split * tiles_per_split * SCAN
         room = found + split * ROOM
         mine = fields + split * PART_FIELDS
-        collect_part(x, vocab, 0.0, low, high, begin, tiles_per_split, room, mine, MASS, ROOM, STAGES, LOGITS, SCAN)
+        collect_part(x, vocab, 0.0, low, high, begin, tiles_per_split, room, mine, ROOM, LOGITS, SCAN)
         tl.debug_barrier()
         last = tl.atomic_add(ints + ARRIVED, 1, sem="acq_rel", scope="gpu") == num_splits - 1
         tl.debug_barrier()
@@ -183,10 +172,7 @@ def search_kernel(
             # Read again rather than held in registers all the while.
             interval = (tl.load(ints + LOW), tl.load(ints + HIGH), tl.load(ints + BOTTOM), tl.load(ints + PEAK))
             k = tl.load(ints + WANTED)
-            limit = tl.load(search[1] + row)
-            floor, kept = settle(
-                x, vocab, 0.0, found, fields, num_splits, k, limit, interval, MASS, FOUND, SPLITS, LOGITS, SCAN
-            )
+            floor, kept = settle(x, vocab, 0.0, found, fields, num_splits, k, interval, FOUND, SPLITS, LOGITS, SCAN)
             tl.store(floors + row, floor)
             tl.store(weights + row, kept)
 

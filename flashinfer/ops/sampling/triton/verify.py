@@ -100,9 +100,10 @@ def tree_kernel(
     child = tl.load(tree[1] + first).to(tl.int32)
     u = coin(random, request, 0)
     covered = tl.full((), 0.0, tl.float32)
-    # Each node is looked at once at most, so a malformed tree cannot hold the loop.
+    # As many looks as there are nodes, and only down to higher numbers: a malformed tree holds nothing up, and its path
+    # is no longer than a tree's.
     for _step in range(num_nodes):
-        if child > 0:
+        if child > node:
             token = tl.load(tree[0] + first + child).to(tl.int64)
             covered += tl.load(target_probs + (first + node) * vocab + token).to(tl.float32)
             if u < covered:
