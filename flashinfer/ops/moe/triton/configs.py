@@ -44,7 +44,7 @@ def token_class(tokens: int) -> int:
 
 
 def block_m(spec: MoESpec, tokens: int) -> int:
-    """Rows of a tile: all that an expert can have; of those that are quantised on the way registers hold fewer."""
+    """Rows of a tile: all that an expert can have; where blocks have sums of their own registers hold fewer."""
     return min(max(token_class(tokens), 16), 32 if spec.kind == "fp8_block" else 64)
 
 
@@ -67,7 +67,8 @@ def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
     stages = 3 if many_rows else 4
     depth = spec.hidden_size if first else spec.intermediate_size
     # Shared memory holds the tiles of both sides.
-    row_bytes = block_k * (spec.dtype.itemsize if first else spec.hidden_dtype.itemsize) * block_m(spec, tokens)
+    itemsize = 1 if spec.kind == "fp8_block" else spec.dtype.itemsize if first else spec.hidden_dtype.itemsize
+    row_bytes = block_k * itemsize * block_m(spec, tokens)
     room = (arch.smem_bytes or 1 << 20) // 2 if arch.smem_bytes > 120_000 else arch.smem_bytes or 1 << 20
     while stages > 2 and stages * (block_r * block_k * bits // 8 + row_bytes) > room:
         stages -= 1

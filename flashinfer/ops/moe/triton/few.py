@@ -16,7 +16,6 @@ import triton.language as tl
 from flashinfer.device.decode import decode_e2m1, decode_fp8, decode_ue8m0
 from flashinfer.device.finish import factor_of
 from flashinfer.device.fp8 import to_fp8
-from flashinfer.ops.moe.triton.prepare import quantised
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class FewConfig:
     block_k: columns. splits: parts of the depth. scan: 2^n of at least the number of pairs, among which a program looks
     for its own; 0: they come sorted. by_expert: program i takes expert i, else the expert of pair i if no pair before
     has the same. weights_left: weights are the left operand of the product, as Hopper's instructions like it for few
-    rows. fp4: weights are mxfp4. fp8: weights are e4m3. blocks: with scales of 128 columns, by which rows are quantised
-    where they are read; scale_rows: rows of the weights that share a scale.
+    rows. fp4: weights are mxfp4. fp8: weights and rows are e4m3. blocks: both with scales of 128 columns; scale_rows:
+    rows of the weights that share one.
     """
 
     first: bool
@@ -55,10 +54,12 @@ class FewConfig:
 
 
 class Input(NamedTuple):
-    """data: tokens, or activations of pairs, `stride` elements apart."""
+    """data: tokens, or activations of pairs, `stride` elements apart. scale: fp32, one for 128 columns of a row."""
 
     data: torch.Tensor
     stride: int
+    scale: torch.Tensor | None
+    scale_stride: int
 
 
 class Matrices(NamedTuple):
@@ -166,10 +167,15 @@ def sums(x, w, at, at_scale, mask_r, x_row, mask_m, k_begin, k_end, cfg: tl.cons
         tile = weight_tile(w, at, mask_r, k, k_end, cfg)
         rows = tl.load(at_x[:, None] + offs_k[None, :], mask=mask, other=0)
         if cfg.blocks:
-            codes, row_scale = quantised(rows.to(tl.float32), cfg.native_fp8)
+            row_scale = tl.load(x.scale + x_row * x.scale_stride + k // 128, mask=mask_m, other=0.0)
             factor = tl.load(at_scale + k // 128 * w.scale_k, mask=mask_r, other=0.0)
             part = tl.full(SHAPE, 0.0, tl.float32)
-            part = multiplied(from_fp8(tile, cfg), from_fp8(codes, cfg), part, cfg)
+            if cfg.native_fp8:
+                # Tensor cores of Hopper sum fp8 products in few bits, of 128 here.
+                left, right = tile.to(tl.float8e4nv, bitcast=True), rows.to(tl.float8e4nv, bitcast=True)
+                part = multiplied(left, right, part, cfg)
+            else:
+                part = multiplied(from_fp8(tile, cfg), from_fp8(rows, cfg), part, cfg)
             if cfg.weights_left:
                 acc += part * (factor[:, None] * row_scale[None, :])
             else:
