@@ -138,6 +138,7 @@ def few_config(spec: MoESpec, arch: Arch, tokens: int, tiles: Tiles, first: bool
         scale_rows=spec.scale_rows[0 if first else 1],
         fp8_out=first and spec.kind == "fp8_tensor",
         native_fp8=arch.converts_to_fp8,
+        fp4_pairs=arch.is_nvidia,
         num_stages=tiles.num_stages,
     )
 

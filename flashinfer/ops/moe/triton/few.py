@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashinfer.device.decode import decode_e2m1, decode_fp8, decode_ue8m0
+from flashinfer.device.decode import decode_e2m1, decode_e2m1_pairs, decode_fp8, decode_ue8m0
 from flashinfer.device.finish import factor_of
 from flashinfer.device.fp8 import to_fp8
 
@@ -27,7 +27,7 @@ class FewConfig:
     block_k: columns. splits: parts of the depth. scan: 2^n of at least the number of pairs, among which a program looks
     for its own; 0: they come sorted. by_expert: program i takes expert i, else the expert of pair i if no pair before
     has the same. weights_left: weights are the left operand of the product, as Hopper's instructions like it for few
-    rows. fp4: weights are mxfp4. fp8: weights and rows are e4m3. blocks: both with scales of 128 columns; scale_rows:
+    rows. fp4: weights are mxfp4, fp4_pairs: decoded two at a time. fp8: weights and rows are e4m3. blocks: both with scales of 128 columns; scale_rows:
     rows of the weights that share one.
     """
 
@@ -50,6 +50,7 @@ class FewConfig:
     scale_rows: int
     fp8_out: bool
     native_fp8: bool
+    fp4_pairs: bool
     num_stages: int
 
 
@@ -128,10 +129,13 @@ def spread_fp4(codes, w, at_scale, mask_r, k, dtype: tl.constexpr, cfg: tl.const
     offs = k // 32 + tl.arange(0, BLOCKS)
     mask = mask_r[:, None] & (offs < cfg.depth // 32)[None, :]
     factor = decode_ue8m0(tl.load(at_scale[:, None] + offs[None, :] * w.scale_k, mask=mask, other=0))
-    factor = tl.broadcast_to(factor[:, :, None], (cfg.block_r, BLOCKS, 16)).reshape(cfg.block_r, cfg.block_k // 2)
-    low = (decode_e2m1(codes & 15) * factor).to(dtype)
-    high = (decode_e2m1(codes >> 4) * factor).to(dtype)
-    return tl.join(low, high).reshape(cfg.block_r, cfg.block_k)
+    if cfg.fp4_pairs and dtype == tl.bfloat16:
+        return decode_e2m1_pairs(codes, factor)
+    else:
+        factor = tl.broadcast_to(factor[:, :, None], (cfg.block_r, BLOCKS, 16)).reshape(cfg.block_r, cfg.block_k // 2)
+        low = (decode_e2m1(codes & 15) * factor).to(dtype)
+        high = (decode_e2m1(codes >> 4) * factor).to(dtype)
+        return tl.join(low, high).reshape(cfg.block_r, cfg.block_k)
 
 
 @triton.jit
