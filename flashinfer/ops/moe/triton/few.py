@@ -27,8 +27,8 @@ class FewConfig:
     block_k: columns. splits: parts of the depth. scan: 2^n of at least the number of pairs, among which a program looks
     for its own; 0: they come sorted. by_expert: program i takes expert i, else the expert of pair i if no pair before
     has the same. weights_left: weights are the left operand of the product, as Hopper's instructions like it for few
-    rows. fp4: weights are mxfp4, fp4_pairs: decoded two at a time. fp8: weights and rows are e4m3. blocks: both with scales of 128 columns; scale_rows:
-    rows of the weights that share one.
+    rows. fp4: weights are mxfp4, fp4_pairs: decoded two at a time. fp8: weights and rows are e4m3. blocks: both with
+    scales of 128 columns; scale_rows: rows of the weights that share one.
     """
 
     first: bool
