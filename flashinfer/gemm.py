@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from flashinfer.core import check
+from flashinfer.core.replay import replayed
 from flashinfer.gemm_fp8 import (
     batch_deepgemm_fp8_nt_groupwise,
     fp8_blockscale_gemm_sm90,
@@ -269,33 +270,49 @@ class SegmentGEMMWrapper:
         weight_indices: int32 or int64 `[batch_size]`, the weight of each segment; negative: its rows become 0.
         out: `[nnz, d_out]` to write to. Rows behind the last segment are left as they are.
         """
-        like = ("x", x)
-        check.tensor("x", x, dtypes=check.FLOAT_DTYPES, shape=(None, None), inner_contiguous=True)
-        check.tensor("weights", weights, dtypes=(x.dtype,), shape=(None, None, None), like=like, inner_contiguous=True)
-        matrices = weights if weight_column_major else weights.transpose(1, 2)
-        check.tensor("weights", matrices, shape=(None, None, x.shape[1]))
-        indptr = _indptr(batch_size, seg_lens, seg_indptr, x)
-        if weight_indices is None:
-            check.tensor("weights", weights, shape=(batch_size, None, None))
-        else:
-            dtypes = check.POSITION_DTYPES
-            check.tensor("weight_indices", weight_indices, dtypes=dtypes, shape=(batch_size,), like=like)
-        out = result(out, (x.shape[0], matrices.shape[1]), x.dtype, like)
-        ops.grouped_gemm(Rows(x, indptr), Weights(matrices, weight_indices), out=out, backend=self._backend)
+        if seg_indptr is None:
+            seg_indptr = _bounds(batch_size, seg_lens, x)
+        if out is None:
+            check.tensor("x", x, shape=(None, None))
+            check.tensor("weights", weights, shape=(None, None, None))
+            out = torch.empty(
+                x.shape[0], weights.shape[1 if weight_column_major else 2], dtype=x.dtype, device=x.device
+            )
+        form = (batch_size, bool(weight_column_major), self._backend)
+        _multiply_segments(out, x, weights, seg_indptr, weight_indices, form)
         return out
 
     forward = run
 
 
-def _indptr(
-    batch_size: int, seg_lens: torch.Tensor | None, seg_indptr: torch.Tensor | None, x: torch.Tensor
-) -> torch.Tensor:
-    """Checked bounds of the segments."""
-    dtypes = check.POSITION_DTYPES
-    if seg_indptr is None:
-        if seg_lens is None:
-            raise ValueError(check.problem("seg_lens", None, "seg_lens or seg_indptr", "Pass the segments' lengths."))
-        check.tensor("seg_lens", seg_lens, dtypes=dtypes, shape=(batch_size,), like=("x", x))
-        seg_indptr = ops.indptr_of(seg_lens)
-    check.tensor("seg_indptr", seg_indptr, dtypes=dtypes, shape=(batch_size + 1,), like=("x", x))
-    return seg_indptr
+@replayed
+def _multiply_segments(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    indptr: torch.Tensor,
+    weight_indices: torch.Tensor | None,
+    form: tuple[int, bool, str],
+) -> None:
+    """Check and multiply: `SegmentGEMMWrapper.run`. form: (batch_size, weight_column_major, backend)."""
+    batch_size, column_major, backend = form
+    like, dtypes = ("x", x), check.POSITION_DTYPES
+    check.tensor("x", x, dtypes=check.FLOAT_DTYPES, shape=(None, None), inner_contiguous=True)
+    check.tensor("weights", weights, dtypes=(x.dtype,), shape=(None, None, None), like=like, inner_contiguous=True)
+    matrices = weights if column_major else weights.transpose(1, 2)
+    check.tensor("weights", matrices, shape=(None, None, x.shape[1]))
+    check.tensor("seg_indptr", indptr, dtypes=dtypes, shape=(batch_size + 1,), like=like)
+    if weight_indices is None:
+        check.tensor("weights", weights, shape=(batch_size, None, None))
+    else:
+        check.tensor("weight_indices", weight_indices, dtypes=dtypes, shape=(batch_size,), like=like)
+    result(out, (x.shape[0], matrices.shape[1]), x.dtype, like)
+    ops.grouped_gemm(Rows(x, indptr), Weights(matrices, weight_indices), out=out, backend=backend)
+
+
+def _bounds(batch_size: int, seg_lens: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor:
+    """Of the segments, by their lengths."""
+    if seg_lens is None:
+        raise ValueError(check.problem("seg_lens", None, "seg_lens or seg_indptr", "Pass the segments' lengths."))
+    check.tensor("seg_lens", seg_lens, dtypes=check.POSITION_DTYPES, shape=(batch_size,), like=("x", x))
+    return ops.indptr_of(seg_lens)

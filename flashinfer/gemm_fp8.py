@@ -6,9 +6,12 @@ columns. Sums are fp32. Functions raise TypeError and ValueError for wrong argum
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flashinfer.core import check
+from flashinfer.core.replay import replayed
 from flashinfer.ops import gemm as ops
 from flashinfer.ops import quantization
 from flashinfer.ops.gemm import FP8_BLOCK, Rows, Weights
@@ -38,13 +41,37 @@ def gemm_fp8_nt_groupwise(
     (default), fp16 or fp32. mma_sm, backend: no effect.
     """
     check.choice("backend", backend, ("cutlass", "trtllm", "cutile", "triton", "auto"))
-    _sides(a, b, 2)
-    granularity = _granularity(scale_granularity_mnk)
-    row_scale = _oriented("a_scale", a_scale, _blocks(a.shape, granularity[0]), scale_major_mode, 0, a)
-    scale = _oriented("b_scale", b_scale, _blocks(b.shape, granularity[1]), scale_major_mode, 1, a)
-    out = _result(out, (a.shape[0], b.shape[0]), out_dtype, a)
-    weights = Weights(b[None], scale=scale[None], kind="fp8_block")
-    return ops.grouped_gemm(Rows(a, scale=row_scale), weights, out=out)
+    if out is None:
+        _sides(a, b, 2)
+        out = _result(out, (a.shape[0], b.shape[0]), out_dtype, a)
+    _multiply(out, a, b, a_scale, b_scale, None, (scale_major_mode, *scale_granularity_mnk), out_dtype)
+    return out
+
+
+@replayed
+def _multiply(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    m_indptr: torch.Tensor | None,
+    form: tuple[Any, ...],
+    out_dtype: torch.dtype | None,
+) -> None:
+    """Check and multiply: `gemm_fp8_nt_groupwise`, of groups with bounds. form: how scales lie, of how many numbers."""
+    mode, *shared = form
+    _sides(a, b, 2 if m_indptr is None else 3)
+    granularity = _granularity(shared)  # type: ignore[arg-type]
+    if m_indptr is not None:
+        _group_bounds(m_indptr, b.shape[0], a)
+        check.choice("scale_major_mode", mode, ("MN", "K"))
+    row_scale = _oriented("a_scale", a_scale, _blocks(a.shape, granularity[0]), mode, 0, a)
+    scale = _oriented("b_scale", b_scale, _blocks(b.shape, granularity[1]), mode, 1, a)
+    _result(out, (a.shape[0], b.shape[-2]), out_dtype, a)
+    matrices = (b, scale) if b.dim() == 3 else (b[None], scale[None])
+    weights = Weights(matrices[0], scale=matrices[1], kind="fp8_block")
+    ops.grouped_gemm(Rows(a, m_indptr, scale=row_scale), weights, out=out)
 
 
 def gemm_fp8_nt_blockscaled(
@@ -84,15 +111,12 @@ def group_gemm_fp8_nt_groupwise(
     segment_alignment: no effect.
     """
     check.choice("backend", backend, ("cutlass", "trtllm", "cutile", "triton", "auto"))
-    _sides(a, b, 3)
-    granularity = _granularity(scale_granularity_mnk)
-    _group_bounds(m_indptr, b.shape[0], a)
-    check.choice("scale_major_mode", scale_major_mode, ("MN", "K"))
-    row_scale = _oriented("a_scale", a_scale, _blocks(a.shape, granularity[0]), scale_major_mode, 0, a)
-    scale = _oriented("b_scale", b_scale, _blocks(b.shape, granularity[1]), scale_major_mode, 1, a)
-    out = _result(out, (a.shape[0], b.shape[1]), out_dtype, a)
-    rows = Rows(a, m_indptr, scale=row_scale)
-    return ops.grouped_gemm(rows, Weights(b, scale=scale, kind="fp8_block"), out=out)
+    if out is None:
+        _sides(a, b, 3)
+        out = _result(out, (a.shape[0], b.shape[1]), out_dtype, a)
+    check.tensor("m_indptr", m_indptr)
+    _multiply(out, a, b, a_scale, b_scale, m_indptr, (scale_major_mode, *scale_granularity_mnk), out_dtype)
+    return out
 
 
 def group_deepgemm_fp8_nt_groupwise(
@@ -110,16 +134,33 @@ def group_deepgemm_fp8_nt_groupwise(
     a: fp8 `[m, k]`. b: fp8 `[batch_size, n, k]`. a_scale: fp32 `[m, k / 128]`, any strides. b_scale: fp32
     `[batch_size, n / 128, k / 128]`. m_indices: int32 `[m]`; of each 128 rows the first entry counts; -1 gives zeros.
     """
-    _sides(a, b, 3)
     check.choice("scale_granularity_mnk", tuple(scale_granularity_mnk), ((1, FP8_BLOCK, FP8_BLOCK),))
+    if out is None:
+        _sides(a, b, 3)
+        out = _result(out, (a.shape[0], b.shape[1]), out_dtype, a)
+    _multiply_marked(out, a, b, a_scale, b_scale, m_indices, out_dtype)
+    return out
+
+
+@replayed
+def _multiply_marked(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    m_indices: torch.Tensor,
+    out_dtype: torch.dtype | None,
+) -> None:
+    """Check and multiply: `group_deepgemm_fp8_nt_groupwise`."""
+    _sides(a, b, 3)
     check.tensor("m_indices", m_indices, dtypes=check.POSITION_DTYPES, shape=(a.shape[0],), like=("a", a))
     row_scale = _oriented("a_scale", a_scale, _blocks(a.shape, 1), "K", 0, a)
     scale = _oriented("b_scale", b_scale, _blocks(b.shape, FP8_BLOCK), "K", 1, a)
-    out = _result(out, (a.shape[0], b.shape[1]), out_dtype, a)
+    _result(out, (a.shape[0], b.shape[1]), out_dtype, a)
     weights = Weights(b, m_indices[::FP8_BLOCK], scale, "fp8_block")
     if a.shape[0]:
         ops.grouped_gemm(Rows(a, ops.even_bounds(a, FP8_BLOCK), scale=row_scale), weights, out=out)
-    return out
 
 
 def batch_deepgemm_fp8_nt_groupwise(
@@ -141,19 +182,34 @@ def batch_deepgemm_fp8_nt_groupwise(
     chosen by it.
     """
     check.choice("backend", backend, ("deepgemm", "cake", "triton", "auto"))
-    check.tensor("a", a, dtypes=check.FP8_DTYPES, shape=(None, None, None), inner_contiguous=True)
-    batch, m, k = a.shape
-    check.tensor("b", b, dtypes=check.FP8_DTYPES, shape=(batch, None, k), like=("a", a), inner_contiguous=True)
     check.choice("scale_granularity_mnk", tuple(scale_granularity_mnk), ((1, FP8_BLOCK, FP8_BLOCK),))
-    check.tensor("masked_m", masked_m, dtypes=check.POSITION_DTYPES, shape=(batch,), like=("a", a))
+    if out is None:
+        _batches(a, b)
+        out = _result(out, (*a.shape[:2], b.shape[1]), out_dtype, a)
+    _multiply_masked(out, a, b, a_scale, b_scale, masked_m, max(int(expected_m), 0), out_dtype)
+    return out
+
+
+@replayed
+def _multiply_masked(
+    out: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    a_scale: torch.Tensor,
+    b_scale: torch.Tensor,
+    masked_m: torch.Tensor,
+    expected_rows: int,
+    out_dtype: torch.dtype | None,
+) -> None:
+    """Check and multiply: `batch_deepgemm_fp8_nt_groupwise`."""
+    _batches(a, b)
+    check.tensor("masked_m", masked_m, dtypes=check.POSITION_DTYPES, shape=(a.shape[0],), like=("a", a))
     row_scale = _oriented("a_scale", a_scale, _blocks(a.shape, 1), "K", 0, a)
     scale = _oriented("b_scale", b_scale, _blocks(b.shape, FP8_BLOCK), "K", 1, a)
-    out = _result(out, (batch, m, b.shape[1]), out_dtype, a)
+    _result(out, (*a.shape[:2], b.shape[1]), out_dtype, a)
     rows = Rows(a.flatten(0, 1), scale=row_scale.flatten(0, 1), lengths=masked_m)
-    ops.grouped_gemm(
-        rows, Weights(b, scale=scale, kind="fp8_block"), out=_flat("out", out), expected_rows=max(int(expected_m), 0)
-    )
-    return out
+    weights = Weights(b, scale=scale, kind="fp8_block")
+    ops.grouped_gemm(rows, weights, out=_flat("out", out), expected_rows=expected_rows)
 
 
 def fp8_blockscale_gemm_sm90(
@@ -193,6 +249,12 @@ def fp8_blockscale_gemm_sm90(
 def _sides(a: torch.Tensor, b: torch.Tensor, dims: int) -> None:
     check.tensor("a", a, dtypes=check.FP8_DTYPES, shape=(None, None), inner_contiguous=True)
     shape = (*[None] * (dims - 1), a.shape[1])
+    check.tensor("b", b, dtypes=check.FP8_DTYPES, shape=shape, like=("a", a), inner_contiguous=True)
+
+
+def _batches(a: torch.Tensor, b: torch.Tensor) -> None:
+    check.tensor("a", a, dtypes=check.FP8_DTYPES, shape=(None, None, None), inner_contiguous=True)
+    shape = (a.shape[0], None, a.shape[2])
     check.tensor("b", b, dtypes=check.FP8_DTYPES, shape=shape, like=("a", a), inner_contiguous=True)
 
 

@@ -43,6 +43,11 @@ class Arch:
         return self.name.startswith("sm") and int(self.name[2:]) >= 90
 
     @property
+    def is_nvidia(self) -> bool:
+        """Whether kernels may hold PTX; all of these multiply pairs of bf16 in one instruction."""
+        return self.name.startswith("sm")
+
+    @property
     def is_cpu(self) -> bool:
         return self.name == "cpu"
 

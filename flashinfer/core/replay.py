@@ -10,7 +10,8 @@ package's ops have no gradients and move no version counters.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache, lru_cache, reduce, wraps
 from operator import itemgetter, or_
 from typing import Any
@@ -52,11 +53,12 @@ _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defi
 class _Recording(threading.local):
     """tensors: those of the call under way, and its Numbers; None if nothing is recorded. launches: those so far.
 
-    An entry is None where that cannot be repeated.
+    An entry is None where that cannot be repeated. paused: nothing is repeated in this thread.
     """
 
     tensors: list[Input] | None = None
     launches: list[Again | None]
+    paused: bool = False
 
 
 recording = _Recording()
@@ -74,6 +76,17 @@ def forget() -> None:
         memory.clear()
 
 
+@contextmanager
+def paused() -> Iterator[None]:
+    """Within, in this thread, calls neither are repeated nor remembered: for measuring what else they could do."""
+    before = recording.paused
+    recording.paused = True
+    try:
+        yield
+    finally:
+        recording.paused = before
+
+
 def replayed(function: Callable[..., None]) -> Callable[..., None]:
     """`function`, called with positional arguments only, which repeats calls that differ in addresses only.
 
@@ -88,7 +101,7 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
     @wraps(function)
     def call(*arguments: Any) -> None:
         watched = torch.compiler.is_dynamo_compiling() or _dispatch_modes() or _function_modes()
-        if watched or recording.tensors is not None:
+        if watched or recording.tensors is not None or recording.paused:
             return function(*arguments)
         flat, lengths = arguments, []
         for x in arguments:
@@ -260,10 +273,10 @@ def _recorded(inputs: list[Input], function: Callable[..., None], arguments: Seq
 class Template:
     """The arguments of a launch, nested as they were, for other addresses of the tensors they came from.
 
-    inputs: the tensors and Numbers of the recorded call. An argument that is a tensor must begin in one of them, or be
-    permanent. shared: (i, j, distance) for inputs i and j that an argument begins in both of; as it cannot be told
-    which it came from, later calls must have input i `distance` bytes behind input j too. Raises LookupError where the
-    arguments cannot be told from the inputs.
+    inputs: the tensors and Numbers of the recorded call. An argument that is a tensor, or Triton's descriptor of one,
+    must begin in one of them, or be permanent. shared: (i, j, distance) for inputs i and j that an argument begins in
+    both of; as it cannot be told which it came from, later calls must have input i `distance` bytes behind input j too.
+    Raises LookupError where the arguments cannot be told from the inputs.
     """
 
     def __init__(self, inputs: Sequence[Input], arguments: tuple[Any, ...]) -> None:
@@ -273,14 +286,17 @@ class Template:
         self._ends = [-len(inputs) - 1 if isinstance(x, Number) else _end(x) for x in inputs]
         self._offsets: list[tuple[int, int]] = []
         self._constants: list[Any] = []
+        self._maps: list[tuple[Callable[[int], Any], tuple[str, int]]] = []
         self._tuples: list[Callable[[list[Any]], Any]] = []
         self.shared: list[tuple[int, int, int]] = []
-        # Places are those of the pool that `fill` builds: addresses, addresses with offsets, constants, tuples.
-        kinds = ("address", "offset", "constant", "tuple")
+        # Places are those of the pool that `fill` builds: addresses, addresses with offsets, constants, descriptors,
+        # tuples.
+        kinds = ("address", "offset", "constant", "map", "tuple")
         self._places: list[list[tuple[str, int]]] = []
         self._visit(arguments)
-        sizes = (len(inputs), len(self._offsets), len(self._constants), len(self._places))
+        sizes = (len(inputs), len(self._offsets), len(self._constants), len(self._maps), len(self._places))
         begin = {kind: sum(sizes[:i]) for i, kind in enumerate(kinds)}
+        self._describe = [(describe, begin[kind] + i) for describe, (kind, i) in self._maps]
         for places in self._places:
             self._tuples.append(itemgetter(*(begin[kind] + i for kind, i in places)))
 
@@ -289,6 +305,9 @@ class Template:
             return self._tensor(x)
         if isinstance(x, Number):
             return "address", next(i for i, number in enumerate(self._numbers) if number is x)
+        if _is_descriptor(x):
+            self._maps.append((_describer(x), self._tensor(x.base)))
+            return "map", len(self._maps) - 1
         if _holds_tensor(x):
             if len(x) < 2:
                 raise LookupError("a tuple of one")
@@ -324,10 +343,42 @@ class Template:
     def fill(self, addresses: list[int]) -> tuple[Any, ...]:
         """The arguments, with addresses in the place of tensors; they are in the order of the inputs."""
         pool: list[Any] = [*addresses, *(addresses[i] + offset for i, offset in self._offsets), *self._constants]
+        for describe, i in self._describe:
+            pool.append(describe(pool[i]))
         for pick in self._tuples:
             pool.append(pick(pool))
         result: tuple[Any, ...] = pool[-1]
         return result
+
+
+class _Base:
+    """Memory at an address: of a tensor, what a launch asks the one in a descriptor for."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _is_descriptor(x: Any) -> bool:
+    """Whether `x` is one of Triton's TensorDescriptors, of which there are several classes."""
+    return type(x).__name__ == "TensorDescriptor" and isinstance(getattr(x, "base", None), torch.Tensor)
+
+
+def _describer(x: Any) -> Callable[[int], Any]:
+    """A function of addresses: the descriptor `x` of memory there. Keeps no tensor."""
+    kind, fields = type(x), {name: value for name, value in vars(x).items() if name != "base"}
+
+    def describe(address: int) -> Any:
+        # The constructor would check again what it has checked of `x`.
+        made = object.__new__(kind)
+        made.__dict__.update(fields, base=_Base(address))
+        return made
+
+    return describe
 
 
 def _end(x: torch.Tensor) -> int:
@@ -339,7 +390,9 @@ def _end(x: torch.Tensor) -> int:
 
 
 def _holds_tensor(x: Any) -> bool:
-    return isinstance(x, (torch.Tensor, Number)) or (isinstance(x, tuple) and any(map(_holds_tensor, x)))
+    if isinstance(x, tuple):
+        return any(map(_holds_tensor, x))
+    return isinstance(x, (torch.Tensor, Number)) or _is_descriptor(x)
 
 
 def _may_hide_tensor(x: Any) -> bool:

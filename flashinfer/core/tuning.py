@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from flashinfer.core import replay
 from flashinfer.core.arch import Arch
 
 SCHEMA = 1
@@ -33,6 +34,7 @@ class _Table:
     def update(self, entries: dict[str, Numbers]) -> None:
         self.entries.update(entries)
         self.generation += 1
+        replay.forget()
 
 
 _table = _Table()
@@ -71,7 +73,7 @@ def generation() -> int:
 def forget() -> None:
     """Forget all configurations."""
     _table.entries.clear()
-    _table.generation += 1
+    _table.update({})
 
 
 def load(path: str | Path) -> int:
@@ -99,7 +101,8 @@ def tuning(skipped: frozenset[str] = frozenset()) -> Iterator[None]:
     before = _state.depth, _state.skipped
     _state.depth, _state.skipped = _state.depth + 1, _state.skipped | skipped
     try:
-        yield
+        with replay.paused():
+            yield
     finally:
         _state.depth, _state.skipped = before
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
 
 import torch
 
 from flashinfer.core import check
+from flashinfer.core.replay import replayed
 from flashinfer.core.select import BackendSupportedError
 from flashinfer.fused_moe.checks import Call, checked_experts, checked_routes
 from flashinfer.ops import moe as ops
@@ -118,27 +120,49 @@ def cutlass_fused_moe(
         "situ_linear_beta": situ_linear_beta is not None,
     }
     _refuse([name for name, given in refused.items() if given])
-    check.choice("activation_type", activation_type, tuple(ACTIVATIONS))
-    call = Call(
-        input,
-        fc1_expert_weights,
-        fc2_expert_weights,
-        list(quant_scales or ()),
-        use_deepseek_fp8_block_scale,
-        use_w4_group_scaling,
+    check.choice("output_dtype", output_dtype, OUTPUT_DTYPES)
+    if output is None:
+        check.tensor("input", input, shape=(None, None))
+        check.tensor("fc2_expert_weights", fc2_expert_weights, shape=(None, None, None))
+        output = torch.empty(input.shape[0], fc2_expert_weights.shape[1], dtype=output_dtype, device=input.device)
+    tensors = (input, token_selected_experts, token_final_scales, fc1_expert_weights, fc2_expert_weights)
+    known = all(isinstance(x, torch.Tensor) for x in (output, *tensors))
+    bias2 = fc2_expert_biases if tp_rank == 0 else None
+    _fused_moe(
+        output,
+        tensors,
+        tuple(quant_scales or ()),
+        (fc1_expert_biases, bias2, swiglu_alpha, swiglu_beta, swiglu_limit),
+        (activation_type, use_deepseek_fp8_block_scale, use_w4_group_scaling, output_dtype),
+        (tp_size, ep_size, ep_rank),
+        ops.scratch_for(output, input, token_selected_experts, *tensors[3:]) if known else None,
     )
+    return output
+
+
+@replayed
+def _fused_moe(
+    output: torch.Tensor,
+    tensors: tuple[torch.Tensor, ...],
+    scales: tuple[torch.Tensor, ...],
+    optional: tuple[torch.Tensor | None, ...],
+    form: tuple[Any, ...],
+    ranks: tuple[int, int, int],
+    scratch: torch.Tensor | None,
+) -> None:
+    """Check and run: the arguments of `cutlass_fused_moe` in its order, biases and parameters in `optional`."""
+    x, ids, weights, fc1, fc2 = tensors
+    activation_type, blocks, groups, output_dtype = form
+    tp_size, ep_size, ep_rank = ranks
+    check.choice("activation_type", activation_type, tuple(ACTIVATIONS))
     check.positive("tp_size", tp_size)
     check.positive("ep_size", ep_size)
-    bias2 = fc2_expert_biases if tp_rank == 0 else None
-    parameters = (swiglu_alpha, swiglu_beta, swiglu_limit)
-    experts = checked_experts(call, ACTIVATIONS[activation_type], parameters, (fc1_expert_biases, bias2))
-    routes = checked_routes(call, token_selected_experts, token_final_scales, ep_rank)
-    check.choice("output_dtype", output_dtype, OUTPUT_DTYPES)
-    shape = (input.shape[0], fc2_expert_weights.shape[1])
-    if output is not None:
-        like = ("input", input)
-        check.tensor("output", output, dtypes=(output_dtype,), shape=shape, like=like, inner_contiguous=True)
-    return ops.moe(input, routes, experts, out=output, out_dtype=output_dtype)
+    call = Call(x, fc1, fc2, list(scales), blocks, groups)
+    experts = checked_experts(call, ACTIVATIONS[activation_type], optional[2:], optional[:2])  # type: ignore[arg-type]
+    routes = checked_routes(call, ids, weights, ep_rank)
+    like, shape = ("input", x), (x.shape[0], fc2.shape[1])
+    check.tensor("output", output, dtypes=(output_dtype,), shape=shape, like=like, inner_contiguous=True)
+    ops.moe(x, routes, experts, out=output, scratch=scratch)
 
 
 def _refuse(names: list[str]) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
+from flashinfer.core import replay
 from flashinfer.ops.gemm import Activation, Weights
 from flashinfer.ops.moe import BLOCK, Experts, Routes, moe
 from flashinfer.testing import assert_close_to_oracle, poisoned
@@ -250,6 +251,20 @@ def test_rows_with_nan_keep_to_themselves(tokens: int, device: str) -> None:
     assert torch.equal(got[others], clean[others])
 
 
+def test_rows_side_by_side(device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What Hopper's products want: the same bits as from rows that are gathered where they are read."""
+    if backend == "torch":
+        pytest.skip("only kernels gather")
+    launch = pytest.importorskip("flashinfer.ops.moe.triton.launch")
+    x, experts = torch.randn(MANY, SMALL.hidden, device=device), plain_experts(SMALL, torch.float32, device)
+    routes = routes_of(MANY, SMALL, device)._replace(first_expert=1)
+    monkeypatch.setattr(launch, "wants_neighbours", lambda product: False)
+    gathered = moe(x, routes, experts)
+    replay.forget()
+    monkeypatch.setattr(launch, "wants_neighbours", lambda product: True)
+    assert torch.equal(check(x, routes, experts), gathered)
+
+
 # ---- narrow weights
 
 
@@ -370,10 +385,19 @@ def test_mxfp4(tokens: int, device: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, 8, 64, 700])
+@pytest.mark.parametrize("tokens", [8, 700])
 @pytest.mark.parametrize("sizes", FULL)
-def test_models_in_full(tokens: int, sizes: Sizes, large_memory: None) -> None:
-    """Weights of a model's size, 20 GB for the largest; the dense loop is torch's in fp32 without TF32."""
+def test_models_in_full(
+    tokens: int, sizes: Sizes, backend: str, monkeypatch: pytest.MonkeyPatch, large_memory: None
+) -> None:
+    """Weights of a model's size, 20 GB for the largest, as a server would call it: products by their best kernels.
+
+    The dense loop is torch's in fp32 without TF32.
+    """
+    if backend == "torch":
+        pytest.skip("one run of all that is automatic")
+    for op in ("gemm", "moe"):
+        force(monkeypatch, op, "auto", skip=False)
     torch.manual_seed(tokens)
     fc1 = torch.empty(sizes.experts, 2 * sizes.inter, sizes.hidden, dtype=torch.bfloat16, device="cuda")
     fc2 = torch.empty(sizes.experts, sizes.hidden, sizes.inter, dtype=torch.bfloat16, device="cuda")
@@ -427,6 +451,30 @@ def test_no_host_sync(tokens: int, backend: str) -> None:
         moe(x, routes, experts)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, FEW, SORTED, MANY])
+def test_calls_are_repeated(tokens: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third call of a kind launches from memory, with scratch memory of the size that the first one noted."""
+    if backend == "torch":
+        pytest.skip("the reference launches nothing of ours")
+    from flashinfer.core.launch import Prebound
+
+    sizes = MODELS[0]
+    experts = plain_experts(sizes, torch.bfloat16, "cuda")
+    calls = [
+        (torch.randn(tokens, sizes.hidden, device="cuda").bfloat16(), routes_of(tokens, sizes, "cuda"))
+        for _ in range(3)
+    ]
+    expected = [moe(x, routes, experts) for x, routes in calls]
+
+    def launch(*arguments: object, **options: object) -> None:
+        raise AssertionError("not repeated")
+
+    monkeypatch.setattr(Prebound, "__call__", launch)
+    for (x, routes), wanted in zip(calls, expected, strict=True):
+        assert torch.equal(moe(x, routes, experts), wanted)
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -11,11 +12,13 @@ import pytest
 import torch
 
 import flashinfer
-from flashinfer import activation, cascade, concat_ops, norm, page, quantization, rope
+from flashinfer import activation, cascade, concat_ops, gemm, grouped_mm, norm, page, quantization, rope
 from flashinfer.core import replay
+from flashinfer.ops.gemm import Activation, Weights
+from flashinfer.ops.moe import Experts, Routes, moe
 from tests.ops.common import force
 
-OPS = ("norm", "activation", "rope", "page", "quantization", "merge")
+OPS = ("norm", "activation", "rope", "page", "quantization", "merge", "gemm", "moe")
 F16, FP8 = torch.float16, torch.float8_e4m3fn
 Problem = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -171,10 +174,71 @@ def merge_problems(fresh: Fresh) -> dict[str, Problem]:
     }
 
 
+def segments(*arguments: Any) -> torch.Tensor:
+    return gemm.SegmentGEMMWrapper(torch.empty(0)).run(*arguments)
+
+
+def mixture(*arguments: torch.Tensor, kind: str = "plain") -> torch.Tensor:
+    """Of x, ids, weights, both matrices, their scales, and scratch memory."""
+    x, ids, weights, fc1, fc2, scale1, scale2, scratch = arguments
+    blocks = [Weights(fc1, scale=scale1, kind=kind), Weights(fc2, scale=scale2, kind=kind)]
+    plain = [Weights(fc1), Weights(fc2)]
+    experts = Experts(*(plain if kind == "plain" else blocks), Activation("swiglu"))
+    return moe(x, Routes(ids, weights), experts, scratch=scratch)
+
+
+def block_mixture(*arguments: torch.Tensor) -> torch.Tensor:
+    return mixture(*arguments, kind="fp8_block")
+
+
+def gemm_problems(fresh: Fresh) -> dict[str, Problem]:
+    half, fp8, scale = fresh.half, fresh.fp8, fresh.scale
+    (indptr, lengths, indices) = fresh.int32([0, 2, 5], [2, 1], [1, 0])
+    x, marks = half(5, 64), torch.zeros(128, dtype=torch.int32, device=fresh.device)
+    a_scale, b_scale = scale(10).view(5, 2), scale(8).view(2, 2, 2)
+    return {
+        "segments": (segments, (x, half(2, 32, 64), 2, True, None, None, indptr)),
+        "segments_row_major": (segments, (x, half(2, 64, 32), 2, False, half(5, 32), None, indptr, indices)),
+        "grouped_mm": (grouped_mm.grouped_mm_bf16, (x, half(2, 32, 64), indptr, None, F16)),
+        "fp8": (
+            partial(gemm.gemm_fp8_nt_groupwise, out_dtype=F16),
+            (fp8(5, 256), fp8(256, 256), a_scale, b_scale[0], "K"),
+        ),
+        "fp8_groups": (
+            partial(gemm.group_gemm_fp8_nt_groupwise, out_dtype=F16),
+            (fp8(5, 256), fp8(2, 256, 256), a_scale, b_scale, indptr, (1, 128, 128), "K"),
+        ),
+        "fp8_marked": (
+            partial(gemm.group_deepgemm_fp8_nt_groupwise, out_dtype=F16),
+            (fp8(128, 256), fp8(2, 256, 256), scale(256).view(128, 2), b_scale, marks),
+        ),
+        "fp8_masked": (
+            partial(gemm.batch_deepgemm_fp8_nt_groupwise, out_dtype=F16),
+            (fp8(2, 5, 256), fp8(2, 256, 256), scale(20).view(2, 5, 2), b_scale, lengths, 2),
+        ),
+    }
+
+
+def moe_problems(fresh: Fresh) -> dict[str, Problem]:
+    """Few tokens, sorted ones, many."""
+    found: dict[str, Problem] = {}
+    for tokens in (5, 33, 65):
+        x, weights = fresh.half(tokens, 128), fresh.scale(2 * tokens).view(tokens, 2)
+        ids = torch.randint(4, (tokens, 2), dtype=torch.int32, device=fresh.device)
+        # Zeros are bounds of groups that those who read them on the CPU accept.
+        scratch = torch.zeros(1 << 20, dtype=torch.uint8, device=fresh.device)
+        blocks, sides = (fresh.scale(8).view(4, 2, 1), fresh.scale(4).view(4, 1, 1), scratch), (x, ids, weights)
+        found[f"moe_{tokens}"] = (mixture, (*sides, fresh.half(4, 256, 128), fresh.half(4, 128, 128), *blocks))
+        codes = (fresh.fp8(4, 256, 128), fresh.fp8(4, 128, 128))
+        found[f"moe_fp8_{tokens}"] = (block_mixture, (*sides, *codes, *blocks))
+    return found
+
+
 def problems(device: str) -> dict[str, Problem]:
     """Fresh arguments of each function."""
     fresh = Fresh(device)
-    parts = (row_problems(fresh), rope_problems(fresh), page_problems(fresh), merge_problems(fresh))
+    kinds = (row_problems, rope_problems, page_problems, merge_problems, gemm_problems, moe_problems)
+    parts = [kind(fresh) for kind in kinds]
     return {name: problem for part in parts for name, problem in part.items()}
 
 
@@ -188,13 +252,15 @@ class Compiled:
         self.log: list[tuple[Any, ...]] = []
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
-        return lambda *arguments: self.log.append(("again", grid, arguments))
+        return lambda *arguments: self.log.append(("again", grid, as_addresses(arguments)))
 
 
 def as_addresses(x: Any) -> Any:
     """What a launch is given, with addresses for tensors."""
     if isinstance(x, torch.Tensor):
         return x.data_ptr()
+    if type(x).__name__ == "TensorDescriptor":
+        return "map", x.base.data_ptr(), *map(tuple, (x.shape, x.strides, x.block_shape)), x.padding
     return tuple(map(as_addresses, x)) if isinstance(x, tuple) else x
 
 

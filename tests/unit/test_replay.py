@@ -67,6 +67,33 @@ def test_a_hidden_tensor_cannot_be_replaced(hide: Callable[[torch.Tensor], Any])
         Template([x], (x, hide(x)))
 
 
+class TensorDescriptor:
+    """As Triton's: known by its name, since the core does not import Triton."""
+
+    def __init__(self, base: torch.Tensor) -> None:
+        assert base.data_ptr() % 16 == 0
+        self.base, self.shape, self.block_shape = base, list(base.shape), [1, 4]
+
+
+def test_descriptors_are_made_again_for_other_memory() -> None:
+    x, y = torch.zeros(4, 8), torch.zeros(4, 8)
+    template = Template([x, y], (TensorDescriptor(x), 5, (TensorDescriptor(y[1:]), None), y))
+    alive = [*map(weakref.ref, (x, y))]
+    del x, y
+    gc.collect()
+    assert [ref() for ref in alive] == [None, None]
+    first, five, (second, none), address = template.fill([1600, 3200])
+    assert (type(first), type(second)) == (TensorDescriptor, TensorDescriptor)
+    assert (first.base.data_ptr(), second.base.data_ptr(), address) == (1600, 3232, 3200)
+    assert (first.shape, second.shape, second.block_shape, five, none) == ([4, 8], [3, 8], [1, 4], 5, None)
+    assert template.fill([160, 320])[0].base.data_ptr() == 160 and first.base.data_ptr() == 1600
+
+
+def test_a_descriptor_of_no_input_cannot_be_replaced() -> None:
+    with pytest.raises(LookupError):
+        Template([torch.zeros(4)], (TensorDescriptor(torch.zeros(4)), 1))
+
+
 # ---- which calls are repeated
 
 
@@ -315,6 +342,19 @@ def test_records_of_one_layout_are_all_tried(recorder: Recorder, monkeypatch: py
         function(x, x.view(3))
         function(x, y)
     assert recorder.calls == 2 and len(recorder.again) == 4
+
+
+def test_nothing_is_repeated_or_remembered_in_a_pause(recorder: Recorder) -> None:
+    arguments = (torch.zeros(4), torch.zeros(4), 1)
+    with replay.paused():
+        recorder.remembered(*arguments)
+    recorder.remembered(*arguments)
+    assert recorder.calls == 2
+    with replay.paused():
+        recorder.remembered(*arguments)
+    assert recorder.calls == 3 and not recorder.again
+    recorder.remembered(*arguments)
+    assert recorder.calls == 3 and len(recorder.again) == 1
 
 
 def test_errors_are_not_remembered(recorder: Recorder) -> None:

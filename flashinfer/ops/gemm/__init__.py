@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from flashinfer.core import check, library
+from flashinfer.core.replay import replayed
 from flashinfer.core.select import Choice, Impl
 from flashinfer.ops.gemm.dense import dense
 from flashinfer.ops.gemm.spec import (
@@ -13,6 +16,7 @@ from flashinfer.ops.gemm.spec import (
     FP8_BLOCK,
     GATED,
     KINDS,
+    MAP_BYTES,
     Activation,
     Epilogue,
     Gemm,
@@ -58,16 +62,23 @@ def grouped_gemm(
     scale, global_scale = weights.scale, weights.global_scale
     if weights.kind == "fp8_tensor" and global_scale is None:
         scale, global_scale = None, scale
-    multiply(
+    _product(
         out,
-        [rows.values, weights.values],
-        list(rows[1:]),
-        [weights.indices, scale, global_scale],
-        [epilogue.bias, epilogue.row_weights, *activation[1:]],
-        [weights.kind, "" if epilogue.activation is None else activation.kind, backend],
+        (rows.values, weights.values),
+        rows[1:],
+        (weights.indices, scale, global_scale),
+        (epilogue.bias, epilogue.row_weights, *activation[1:]),
+        (weights.kind, "" if epilogue.activation is None else activation.kind, backend),
         expected_rows,
     )
     return out
+
+
+@replayed
+def _product(out: torch.Tensor, *others: Any) -> None:
+    """`multiply`, with tuples for lists."""
+    *lists, expected_rows = others
+    multiply(out, *map(list, lists), expected_rows)
 
 
 @library.register(
@@ -157,6 +168,7 @@ __all__ = [
     "GATED",
     "IMPLS",
     "KINDS",
+    "MAP_BYTES",
     "Activation",
     "Epilogue",
     "Gemm",

@@ -7,20 +7,24 @@ from collections.abc import Callable
 import torch
 
 from flashinfer.core.arch import Arch
+from flashinfer.core.scratch import Scratch
 from flashinfer.ops.gemm import Activation, Epilogue, Rows, grouped_gemm
 from flashinfer.ops.moe.spec import BLOCK, MoE, MoESpec
 
 E4M3 = torch.float8_e4m3fn
 
 
-def bind(spec: MoESpec, arch: Arch) -> Callable[[MoE], None]:
+def bind(spec: MoESpec, arch: Arch) -> Callable[[MoE, Scratch], None]:
     """The call for one kind."""
     return run
 
 
 @torch.no_grad()
-def run(tensors: MoE) -> None:
-    """`out[t] = sum_j weights[t, j] * expert(ids[t, j])(x[t])` over the experts held here, sums in fp32."""
+def run(tensors: MoE, scratch: Scratch) -> None:
+    """`out[t] = sum_j weights[t, j] * expert(ids[t, j])(x[t])` over the experts held here, sums in fp32.
+
+    scratch: not used, its memory comes from torch.
+    """
     out, _, routes, experts = tensors
     num_experts, top_k = experts.fc1.values.shape[0], routes.ids.shape[1]
     local = (routes.ids.long() - routes.first_expert).flatten()

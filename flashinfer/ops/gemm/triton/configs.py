@@ -11,6 +11,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+from flashinfer.core import replay
 from flashinfer.core.arch import Arch
 from flashinfer.device.finish import PAIRED, SINGLE
 from flashinfer.ops.gemm.spec import FP4_BLOCK, FP8_BLOCK, GemmSpec
@@ -91,7 +92,8 @@ def imposed(tile: Tile) -> Iterator[None]:
     """For measuring: products inside, in this thread, get `tile`."""
     token = _imposed.set(tile)
     try:
-        yield
+        with replay.paused():
+            yield
     finally:
         _imposed.reset(token)
 

@@ -44,7 +44,7 @@ def token_class(tokens: int) -> int:
 
 
 def block_m(spec: MoESpec, arch: Arch, tokens: int) -> int:
-    """Rows of a tile: all that an expert can have; of those that are quantised on the way registers hold fewer."""
+    """Rows of a tile: all that an expert can have; where blocks have sums of their own registers hold fewer."""
     most = 64
     if spec.kind == "fp8_block":
         most = 32 if arch.converts_to_fp8 else 16
@@ -68,7 +68,8 @@ def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
     stages = 3 if many_rows else 4
     depth = spec.hidden_size if first else spec.intermediate_size
     # Shared memory holds the tiles of both sides.
-    row_bytes = block_k * (spec.dtype.itemsize if first else spec.hidden_dtype.itemsize) * block_m(spec, arch, tokens)
+    itemsize = 1 if spec.kind == "fp8_block" else spec.dtype.itemsize if first else spec.hidden_dtype.itemsize
+    row_bytes = block_k * itemsize * block_m(spec, arch, tokens)
     room = (arch.smem_bytes or 1 << 20) // 2 if arch.smem_bytes > 120_000 else arch.smem_bytes or 1 << 20
     while stages > 2 and stages * (block_r * block_k * bits // 8 + row_bytes) > room:
         stages -= 1
@@ -138,6 +139,7 @@ def few_config(spec: MoESpec, arch: Arch, tokens: int, tiles: Tiles, first: bool
         scale_rows=spec.scale_rows[0 if first else 1],
         fp8_out=first and spec.kind == "fp8_tensor",
         native_fp8=arch.converts_to_fp8,
+        fp4_pairs=arch.is_nvidia,
         num_stages=tiles.num_stages,
     )
 

@@ -13,10 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from flashinfer.device.decode import decode_e2m1, decode_fp8, decode_ue8m0
+from flashinfer.device.decode import decode_e2m1, decode_e2m1_pairs, decode_fp8, decode_ue8m0
 from flashinfer.device.finish import factor_of
 from flashinfer.device.fp8 import to_fp8
-from flashinfer.ops.moe.triton.prepare import quantised
 
 
 @dataclass(frozen=True)
@@ -28,8 +27,8 @@ class FewConfig:
     block_k: columns. splits: parts of the depth. scan: 2^n of at least the number of pairs, among which a program looks
     for its own; 0: they come sorted. by_expert: program i takes expert i, else the expert of pair i if no pair before
     has the same. weights_left: weights are the left operand of the product, as Hopper's instructions like it for few
-    rows. fp4: weights are mxfp4. fp8: weights are e4m3. blocks: with scales of 128 columns, by which rows are quantised
-    where they are read; scale_rows: rows of the weights that share a scale.
+    rows. fp4: weights are mxfp4, fp4_pairs: decoded two at a time. fp8: weights and rows are e4m3. blocks: both with
+    scales of 128 columns; scale_rows: rows of the weights that share one.
     """
 
     first: bool
@@ -51,14 +50,17 @@ class FewConfig:
     scale_rows: int
     fp8_out: bool
     native_fp8: bool
+    fp4_pairs: bool
     num_stages: int
 
 
 class Input(NamedTuple):
-    """data: tokens, or activations of pairs, `stride` elements apart."""
+    """data: tokens, or activations of pairs, `stride` elements apart. scale: fp32, one for 128 columns of a row."""
 
     data: torch.Tensor
     stride: int
+    scale: torch.Tensor | None
+    scale_stride: int
 
 
 class Matrices(NamedTuple):
@@ -127,10 +129,13 @@ def spread_fp4(codes, w, at_scale, mask_r, k, dtype: tl.constexpr, cfg: tl.const
     offs = k // 32 + tl.arange(0, BLOCKS)
     mask = mask_r[:, None] & (offs < cfg.depth // 32)[None, :]
     factor = decode_ue8m0(tl.load(at_scale[:, None] + offs[None, :] * w.scale_k, mask=mask, other=0))
-    factor = tl.broadcast_to(factor[:, :, None], (cfg.block_r, BLOCKS, 16)).reshape(cfg.block_r, cfg.block_k // 2)
-    low = (decode_e2m1(codes & 15) * factor).to(dtype)
-    high = (decode_e2m1(codes >> 4) * factor).to(dtype)
-    return tl.join(low, high).reshape(cfg.block_r, cfg.block_k)
+    if cfg.fp4_pairs and dtype == tl.bfloat16:
+        return decode_e2m1_pairs(codes, factor)
+    else:
+        factor = tl.broadcast_to(factor[:, :, None], (cfg.block_r, BLOCKS, 16)).reshape(cfg.block_r, cfg.block_k // 2)
+        low = (decode_e2m1(codes & 15) * factor).to(dtype)
+        high = (decode_e2m1(codes >> 4) * factor).to(dtype)
+        return tl.join(low, high).reshape(cfg.block_r, cfg.block_k)
 
 
 @triton.jit
@@ -166,10 +171,15 @@ def sums(x, w, at, at_scale, mask_r, x_row, mask_m, k_begin, k_end, cfg: tl.cons
         tile = weight_tile(w, at, mask_r, k, k_end, cfg)
         rows = tl.load(at_x[:, None] + offs_k[None, :], mask=mask, other=0)
         if cfg.blocks:
-            codes, row_scale = quantised(rows.to(tl.float32), cfg.native_fp8)
+            row_scale = tl.load(x.scale + x_row * x.scale_stride + k // 128, mask=mask_m, other=0.0)
             factor = tl.load(at_scale + k // 128 * w.scale_k, mask=mask_r, other=0.0)
             part = tl.full(SHAPE, 0.0, tl.float32)
-            part = multiplied(from_fp8(tile, cfg), from_fp8(codes, cfg), part, cfg)
+            if cfg.native_fp8:
+                # Tensor cores of Hopper sum fp8 products in few bits, of 128 here.
+                left, right = tile.to(tl.float8e4nv, bitcast=True), rows.to(tl.float8e4nv, bitcast=True)
+                part = multiplied(left, right, part, cfg)
+            else:
+                part = multiplied(from_fp8(tile, cfg), from_fp8(rows, cfg), part, cfg)
             if cfg.weights_left:
                 acc += part * (factor[:, None] * row_scale[None, :])
             else:

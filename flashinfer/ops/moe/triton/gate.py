@@ -70,13 +70,14 @@ def few_case(model: str, spec: MoESpec, tokens: int, first: bool, name: str) -> 
     arch = Arch(name, NUM_SMS, SMEM_BYTES.get(name, 65_536))
     tiles = default_tiles(spec, arch, tokens, first)
     cfg = few_config(spec, arch, tokens, tiles, first)
-    narrow = {"plain": BF16_PTR, "mxfp4": BF16_PTR, "fp8_block": BF16_PTR}.get(spec.kind, U8_PTR)
+    rows, hidden = {"fp8_tensor": (U8_PTR, U8_PTR), "fp8_block": (U8_PTR, BF16_PTR)}.get(spec.kind, (BF16_PTR,) * 2)
+    row_scale = FP32_PTR if spec.kind == "fp8_block" else None
     scale = {"mxfp4": U8_PTR, "fp8_block": FP32_PTR}.get(spec.kind)
     biased, factor = spec.kind == "mxfp4" and first, FP32_PTR if spec.kind == "fp8_tensor" else None
-    out = narrow if first else FP32_PTR
+    out = hidden if first else FP32_PTR
     arguments = {
         "out": Output(out, factor if first else None, 0),
-        "x": Input(narrow, EVEN),
+        "x": Input(rows, EVEN, row_scale, 0 if row_scale is None else ODD),
         "w": Matrices(
             BF16_PTR if spec.kind == "plain" else U8_PTR,
             EVEN,
@@ -155,6 +156,13 @@ def other_cases() -> Iterator[GateCase]:
         sizes = {"num_rows": ODD, "width": ODD, "stride": ODD, "cfg": cfg}
         arguments = {"out": U8_PTR, "scales": FP32_PTR, "x": BF16_PTR, "gathered": Gathered(I32_PTR, I32_PTR), **sizes}
         yield case_of(f"rows_gathered.{name}", rows_kernel, arguments, archs=(name,))
+        copied = Constant(RowsConfig(ROWS_A_PROGRAM, False, native))
+        yield case_of(
+            f"rows_copied.{name}",
+            rows_kernel,
+            arguments | {"out": BF16_PTR, "scales": None, "cfg": copied},
+            archs=(name,),
+        )
         arguments |= {"gathered": Gathered(None, None)}
         yield case_of(f"rows.{name}", rows_kernel, arguments, archs=(name,))
         arguments = {"out": U8_PTR, "hidden": FP32_PTR, "scale": FP32_PTR, "ids": I32_PTR, "order": I32_PTR}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
@@ -11,8 +12,10 @@ import triton
 from flashinfer.core import tuning
 from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, alignment, integer_classes, token
+from flashinfer.core.scratch import Scratch
 from flashinfer.device.finish import PAIRED, SINGLE, Finish
-from flashinfer.ops.gemm import Epilogue, Rows, Weights, grouped_gemm
+from flashinfer.ops.gemm import CHOICE as GEMM_CHOICE
+from flashinfer.ops.gemm import MAP_BYTES, Epilogue, Gemm, Rows, Weights, grouped_gemm
 from flashinfer.ops.moe.spec import BLOCK, Experts, MoE, MoESpec
 from flashinfer.ops.moe.triton.combine import CombineConfig, Parts, combine_kernel
 from flashinfer.ops.moe.triton.configs import (
@@ -45,12 +48,21 @@ _rows = Prebound(rows_kernel)
 _cast = Prebound(cast_kernel)
 
 
-def bind(spec: MoESpec, arch: Arch) -> Callable[[MoE], None]:
+class Call(NamedTuple):
+    """What every part of a call takes."""
+
+    spec: MoESpec
+    arch: Arch
+    tensors: MoE
+    scratch: Scratch
+
+
+def bind(spec: MoESpec, arch: Arch) -> Callable[[MoE, Scratch], None]:
     """The call for one kind."""
 
-    def run(tensors: MoE) -> None:
-        tokens = tensors.x.shape[0]
-        (_run_few if tokens <= FEW_TOKENS else _run_many)(spec, arch, tensors)
+    def run(tensors: MoE, scratch: Scratch) -> None:
+        few = tensors.x.shape[0] <= FEW_TOKENS
+        (_run_few if few else _run_many)(Call(spec, arch, tensors, scratch))
 
     return run
 
@@ -67,14 +79,15 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
 # ---- sorting
 
 
-def sort_pairs(spec: MoESpec, tensors: MoE, order: bool, tokens: bool, rows: bool) -> Sorted:
+def sort_pairs(call: Call, order: bool, tokens: bool, rows: bool) -> Sorted:
     """Pairs sorted by expert; order, tokens, rows: which of these are wanted."""
+    spec, _, tensors, scratch = call
     ids = tensors.routes.ids
     cfg, num_pairs = sort_config(spec), ids.numel()
     blocks, per_block = sort_blocks(num_pairs)
 
     def made(size: int, wanted: bool = True) -> torch.Tensor | None:
-        return torch.empty(size, dtype=torch.int32, device=ids.device) if wanted else None
+        return scratch.empty((size,), torch.int32) if wanted else None
 
     counts = made(blocks * cfg.num_experts, blocks > 1)
     out = Sorted(made(spec.num_experts + 1), *(made(num_pairs, wanted) for wanted in (order, tokens, rows)))  # type: ignore[arg-type]
@@ -90,46 +103,51 @@ def sort_pairs(spec: MoESpec, tensors: MoE, order: bool, tokens: bool, rows: boo
 # ---- few tokens
 
 
-def _run_few(spec: MoESpec, arch: Arch, tensors: MoE) -> None:
-    """Two launches for the products, one for the sum; one more to sort where there are many pairs."""
+def _run_few(call: Call) -> None:
+    """Two launches for the products, one for the sum; one more to sort where there are many pairs.
+
+    And one before each product to quantise its rows where their kind asks for it.
+    """
+    spec, _, tensors, scratch = call
     x, routes = tensors.x, tensors.routes
     num_pairs = routes.ids.numel()
     pairs = Pairs(routes.ids, None, None)
     if num_pairs > SCAN:
-        by_expert = sort_pairs(spec, tensors, order=True, tokens=False, rows=False)
+        by_expert = sort_pairs(call, order=True, tokens=False, rows=False)
         pairs = Pairs(routes.ids, by_expert.indptr, by_expert.order)
-    hidden = torch.empty(num_pairs, spec.intermediate_size, dtype=spec.hidden_dtype, device=x.device)
-    _few_product(spec, arch, tensors, pairs, x, hidden)
-    parts = _few_product(spec, arch, tensors, pairs, hidden, None)
+    hidden = scratch.empty((num_pairs, spec.intermediate_size), spec.hidden_dtype)
+    _few_product(call, pairs, x, hidden)
+    parts = _few_product(call, pairs, hidden, None)
     combine(spec, tensors, parts, None)
 
 
-def _few_product(
-    spec: MoESpec, arch: Arch, tensors: MoE, pairs: Pairs, x: torch.Tensor, hidden: torch.Tensor | None
-) -> torch.Tensor:
+def _few_product(call: Call, pairs: Pairs, x: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
     """The first product into `hidden`, or, without it, the second into parts `[splits, pairs, hidden_size]`."""
-    num_tokens, num_pairs = tensors.x.shape[0], pairs.ids.numel()
+    spec, arch, tensors, scratch = call
+    num_tokens, first = tensors.x.shape[0], hidden is not None
+    scale = None
+    if spec.kind == "fp8_block":
+        x, scale = _arranged(call, x, None, x.shape[0], quantise=True)
+    side = Input(_bytes(x), x.stride(0), scale, 0 if scale is None else scale.stride(0))
 
-    def run(tiles: Tiles) -> torch.Tensor:
+    def run(tiles: Tiles, memory: Scratch) -> torch.Tensor:
         out = hidden
         if out is None:
-            shape = (tiles.splits, num_pairs, spec.hidden_size)
-            out = torch.empty(shape, dtype=torch.float32, device=x.device)
-        _launch_few(spec, arch, tensors, pairs, (x, out), tiles)
+            out = memory.empty((tiles.splits, pairs.ids.numel(), spec.hidden_size), torch.float32)
+        _launch_few(call, pairs, side, out, tiles)
         return out
 
-    first = hidden is not None
     key = tuning_key(spec, num_tokens, first)
     if tuning.measuring(OP, x.device) and tuning.tuned(key, arch) is None:
-        tuning.record(key, arch, tuning.fastest(candidates(spec, arch, num_tokens, first), run)[0])
-    return run(tiles_of(spec, arch, num_tokens, first))
+        tries = candidates(spec, arch, num_tokens, first)
+        tuning.record(key, arch, tuning.fastest(tries, lambda tiles: run(tiles, Scratch(x, None)))[0])
+    return run(tiles_of(spec, arch, num_tokens, first), scratch)
 
 
-def _launch_few(
-    spec: MoESpec, arch: Arch, tensors: MoE, pairs: Pairs, sides: tuple[torch.Tensor, torch.Tensor], tiles: Tiles
-) -> None:
-    """One product, from the first of `sides` to the second, the first one where that has no splits."""
-    (x, out), experts, num_tokens = sides, tensors.experts, tensors.x.shape[0]
+def _launch_few(call: Call, pairs: Pairs, side: Input, out: torch.Tensor, tiles: Tiles) -> None:
+    """One product, the first one where `out` has no splits."""
+    spec, arch, tensors, _ = call
+    experts, num_tokens = tensors.experts, tensors.x.shape[0]
     first = out.dim() == 2
     weights = experts.fc1 if first else experts.fc2
     cfg = few_config(spec, arch, num_tokens, tiles, first)
@@ -137,15 +155,14 @@ def _launch_few(
     scale = experts.hidden_scale if first else None
     matrices, finish = _matrices(weights), _finish(experts, first)
     output = Output(_bytes(out), scale, int(scale is not None and scale.numel() > 1))
-    side = Input(_bytes(x), x.stride(0))
-    numbers = (side.stride, *matrices[1:4], *matrices[5:], finish.bias_stride, finish.matrix_stride)
-    tensors_of = (*output[:2], side.data, matrices.data, matrices.scale, *pairs, *_tensors(finish))
+    numbers = (side.stride, side.scale_stride, *matrices[1:4], *matrices[5:], finish.bias_stride, finish.matrix_stride)
+    tensors_of = (*output[:2], side.data, side.scale, matrices.data, matrices.scale, *pairs, *_tensors(finish))
     key = (token(spec, cfg, tiles, _keyed(*numbers, output.scale_stride)), _kinds(tensors_of), alignment(*tensors_of))
     columns = tiles.block_r // 2 if cfg.gated else tiles.block_r
     slots = slots_of(spec, num_tokens) if cfg.scan else spec.num_experts
     grid = (triton.cdiv(cfg.width, columns), slots, tiles.splits)
     arguments = (output, side, matrices, pairs, finish, pairs.ids.numel(), tensors.routes.first_expert, activation, cfg)
-    _few(grid, key, arguments, x.device, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    _few(grid, key, arguments, out.device, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
 
 
 def _matrices(weights: Weights) -> Matrices:
@@ -202,51 +219,62 @@ def combine(spec: MoESpec, tensors: MoE, y: torch.Tensor, rows: torch.Tensor | N
 # ---- many tokens
 
 
-def _run_many(spec: MoESpec, arch: Arch, tensors: MoE) -> None:
+def _run_many(call: Call) -> None:
     """Sort, two grouped products, sum; rows are quantised, or gathered, between them where their kind asks for it."""
+    spec, _, tensors, scratch = call
     x, routes, experts = tensors.x, tensors.routes, tensors.experts
     cast = spec.kind == "fp8_tensor"
-    places = sort_pairs(spec, tensors, order=cast, tokens=True, rows=True)
-    device, num_pairs = x.device, routes.ids.numel()
-    if spec.kind == "fp8_block":
-        codes, scale = _quantised(arch, x, places, num_pairs)
-        rows = Rows(codes, places.indptr, scale=scale)
-    else:
-        rows = Rows(x, places.indptr, places.tokens)
-    hidden = torch.empty(
-        num_pairs, spec.intermediate_size, dtype=torch.float32 if cast else spec.hidden_dtype, device=device
-    )
-    grouped_gemm(rows, experts.fc1, Epilogue(experts.bias1, experts.activation), out=hidden)
+    places = sort_pairs(call, order=cast, tokens=True, rows=True)
+    num_pairs = routes.ids.numel()
+    hidden = scratch.empty((num_pairs, spec.intermediate_size), torch.float32 if cast else spec.hidden_dtype)
+    rows, epilogue = Rows(x, places.indptr, places.tokens), Epilogue(experts.bias1, experts.activation)
+    if spec.kind == "fp8_block" or wants_neighbours(Gemm(hidden, rows, experts.fc1, epilogue)):
+        values, scale = _arranged(call, x, places, num_pairs, quantise=spec.kind == "fp8_block")
+        rows = Rows(values, places.indptr, scale=scale)
+    grouped_gemm(rows, experts.fc1, epilogue, out=hidden)
     scale = None
     if cast:
-        hidden = _cast_hidden(arch, tensors, hidden, places)
+        hidden = _cast_hidden(call, hidden, places)
     elif spec.kind == "fp8_block":
-        hidden, scale = _quantised(arch, hidden, None, num_pairs)
-    y = torch.empty(num_pairs, spec.hidden_size, dtype=spec.out_dtype, device=device)
+        hidden, scale = _arranged(call, hidden, None, num_pairs, quantise=True)
+    y = scratch.empty((num_pairs, spec.hidden_size), spec.out_dtype)
     grouped_gemm(Rows(hidden, places.indptr, scale=scale), experts.fc2, Epilogue(experts.bias2), out=y)
     combine(spec, tensors, y[None], places.rows)
 
 
-def _quantised(arch: Arch, x: torch.Tensor, places: Sorted | None, num_rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """e4m3 and scales of the rows of `x`, in the order of experts where places are given."""
+def wants_neighbours(product: Gemm) -> bool:
+    """Whether another implementation, a better one, takes the product once its gathered rows lie side by side."""
+    spec, device = product.spec, product.out.device
+    values = product.rows.values
+    whole = values.shape[1] * values.element_size() % MAP_BYTES == 0
+    beside = spec._replace(gathered=False, row_map=whole)
+    return GEMM_CHOICE.module(beside, device) is not GEMM_CHOICE.module(spec, device)
+
+
+def _arranged(
+    call: Call, x: torch.Tensor, places: Sorted | None, num_rows: int, quantise: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The rows of `x`, in the order of experts where places are given; quantise: as e4m3 and scales."""
+    arch, scratch = call.arch, call.scratch
     width = x.shape[1]
-    codes = torch.empty(num_rows, width, dtype=E4M3, device=x.device)
     blocks = triton.cdiv(width, BLOCK)
-    scales = torch.empty(num_rows, blocks, dtype=torch.float32, device=x.device)
+    out = scratch.empty((num_rows, width), E4M3 if quantise else x.dtype)
+    scales = scratch.empty((num_rows, blocks), torch.float32) if quantise else None
     gathered = Gathered(None, None) if places is None else Gathered(places.tokens, places.indptr[-1:])
-    cfg = RowsConfig(ROWS_A_PROGRAM, quantise=True, native_fp8=arch.converts_to_fp8)
+    cfg = RowsConfig(ROWS_A_PROGRAM, quantise, native_fp8=arch.converts_to_fp8)
     key = (token(cfg, x.dtype, places is None), alignment(x, *gathered))
-    arguments = (_bytes(codes), scales, x, gathered, num_rows, width, x.stride(0), cfg)
+    arguments = (_bytes(out), scales, _bytes(x), gathered, num_rows, width, x.stride(0), cfg)
     _rows((triton.cdiv(num_rows, ROWS_A_PROGRAM), blocks, 1), key, arguments, x.device, num_warps=4)
-    return codes, scales
+    return out, scales
 
 
-def _cast_hidden(arch: Arch, tensors: MoE, hidden: torch.Tensor, places: Sorted) -> torch.Tensor:
+def _cast_hidden(call: Call, hidden: torch.Tensor, places: Sorted) -> torch.Tensor:
     """fp32 activations times `hidden_scale`, in e4m3."""
+    _, arch, tensors, scratch = call
     num_rows, width = hidden.shape
     ids, scale = tensors.routes.ids, tensors.experts.hidden_scale
     assert scale is not None
-    out = torch.empty(num_rows, width, dtype=E4M3, device=hidden.device)
+    out = scratch.empty((num_rows, width), E4M3)
     cfg = RowsConfig(ROWS_A_PROGRAM, quantise=False, native_fp8=arch.converts_to_fp8)
     count = places.indptr[-1:]
     key = (token(cfg, ids.dtype), alignment(ids, scale, count))

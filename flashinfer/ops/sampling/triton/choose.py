@@ -7,6 +7,7 @@ import triton
 
 from flashinfer.core.arch import arch_of
 from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.scratch import Scratch
 from flashinfer.ops.sampling.spec import Draws, Selection, Tree
 from flashinfer.ops.sampling.triton.launch import (
     COLLECT_SCAN,
@@ -21,7 +22,6 @@ from flashinfer.ops.sampling.triton.launch import (
     tiles_of,
 )
 from flashinfer.ops.sampling.triton.rows import GROUP, STATS_WARPS, Residual, cut_of
-from flashinfer.ops.sampling.triton.scratch import Scratch
 from flashinfer.ops.sampling.triton.select import candidates_kernel, choose_kernel, select_kernel, window_max_kernel
 from flashinfer.ops.sampling.triton.verify import chain_kernel, tree_kernel
 

@@ -10,6 +10,7 @@ import triton
 
 from flashinfer.core.arch import arch_of
 from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.scratch import Scratch
 from flashinfer.ops.sampling.spec import Draws, Filters, Halves, Parameter, Samples, Seed, halves_of
 from flashinfer.ops.sampling.triton.draw import draw_kernel, group_stats_kernel
 from flashinfer.ops.sampling.triton.filter import filter_kernel
@@ -17,7 +18,6 @@ from flashinfer.ops.sampling.triton.min_p import min_p_kernel
 from flashinfer.ops.sampling.triton.nucleus import collect_kernel, settle_kernel
 from flashinfer.ops.sampling.triton.resolve import resolve_kernel
 from flashinfer.ops.sampling.triton.rows import NO_RESIDUAL, STATS_WARPS, VECTOR_BYTES, Cut, Keys, Residual, cut_of
-from flashinfer.ops.sampling.triton.scratch import Scratch
 from flashinfer.ops.sampling.triton.threshold import apply_kernel, search_kernel, threshold_kernel
 
 SCAN = 2048

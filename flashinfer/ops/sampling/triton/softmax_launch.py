@@ -9,10 +9,10 @@ import triton
 
 from flashinfer.core.arch import arch_of
 from flashinfer.core.launch import Prebound, alignment
+from flashinfer.core.scratch import Scratch
 from flashinfer.ops.sampling.spec import Parameter
 from flashinfer.ops.sampling.triton.launch import REGISTERS, kinds_of, pointer_and_value, splits_of
 from flashinfer.ops.sampling.triton.rows import VECTOR_BYTES
-from flashinfer.ops.sampling.triton.scratch import Scratch
 from flashinfer.ops.sampling.triton.softmax import (
     clear_kernel,
     softmax_held_kernel,

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable
 
 import torch
 
 # Slices begin on this many bytes, so that wide loads are aligned.
 ALIGNMENT = 256
+# Kinds of calls whose need is known; beyond, it is found out anew.
+CAPACITY = 4096
 
 
 class Scratch:
@@ -28,3 +31,21 @@ class Scratch:
         if self.buffer is None or begin + size > self.buffer.numel():
             return self.like.new_empty(shape, dtype=dtype)
         return self.buffer[begin : begin + size].view(dtype).view(shape)
+
+
+class Needs:
+    """How many bytes of scratch memory each kind of call takes, once one was made."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[Hashable, int] = {}
+
+    def buffer(self, kind: Hashable, device: torch.device) -> torch.Tensor | None:
+        """Memory for a call; None before the first one of its kind, and where it needs none."""
+        size = self._sizes.get(kind)
+        return torch.empty(size, dtype=torch.uint8, device=device) if size else None
+
+    def note(self, kind: Hashable, size: int) -> None:
+        """Keep what a call of this kind took."""
+        if len(self._sizes) >= CAPACITY:
+            self._sizes.clear()
+        self._sizes[kind] = size
