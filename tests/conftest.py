@@ -72,6 +72,13 @@ def large_memory() -> Iterator[None]:
         torch.cuda.empty_cache()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiler_knows_torch(request: pytest.FixtureRequest) -> None:
+    """torch.compile notes torch's functions when it is first used: they must not be the poisoned ones then."""
+    if any("compile" in item.nodeid for item in request.session.items):
+        torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1))
+
+
 @pytest.fixture(autouse=True)
 def poisoned_empty(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """`torch.empty` and its kin give NaN (the largest value for integers): what a kernel forgets to write is seen.

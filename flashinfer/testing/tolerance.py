@@ -25,7 +25,7 @@ def assert_close_to_oracle(
     The twin's error is taken over its row, since the error of a single element is zero by luck now and then; rows are
     kept apart, since a row of few keys is larger, and so less exact, than a row of many. The first eps term is the
     rounding of the result (half an eps, doubled), the second that of a sum of terms as large as the row's largest.
-    An element that is exactly 0 in oracle and twin must be exactly 0; infinities and NaNs must be where the oracle has
+    An element that is exactly 0 in oracle and twin must be so, but for its noise; infinities and NaNs must be where the oracle has
     them and nowhere else. Raises AssertionError.
     """
     _assert_close(actual, oracle, twin, name or "actual", noise, unit=0.0)
@@ -66,10 +66,10 @@ def _assert_close(
     twin_error = (_finite(twin.detach().to(torch.float64)) - _finite(oracle)).abs()
     row_size = _row_max(size).clamp_min(unit)
     bound = 2 * _row_max(twin_error) + info.eps * (size + row_size) + info.eps * info.tiny
-    if noise is not None:
-        bound = bound + _finite(noise)
     if unit == 0.0:
         bound = bound.masked_fill((oracle == 0) & (twin == 0), 0.0)
+    if noise is not None:
+        bound = bound + _finite(noise)
     error = (_finite(got) - _finite(oracle)).abs()
     if bool((error <= bound).all()):
         return

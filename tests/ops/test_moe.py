@@ -180,7 +180,7 @@ def test_all_tokens_to_one_expert(tokens: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, FEW, SORTED, MANY])
-def test_repeated_and_foreign_ids(tokens: int, device: str) -> None:
+def test_repeated_and_foreign_ids(tokens: int, device: str, backend: str) -> None:
     """A token may name an expert twice; ids held elsewhere, negative ones too, add nothing, whatever they weigh."""
     x = torch.randn(tokens, SMALL.hidden, device=device)
     ids = torch.randint(-2, 9, (tokens, 4), device=device)
@@ -190,7 +190,10 @@ def test_repeated_and_foreign_ids(tokens: int, device: str) -> None:
     experts = plain_experts(SMALL, torch.float32, device, biased=True)
     check(x, Routes(ids, weights, 1), experts)
     got, zeroed = (moe(x, Routes(ids, weights.masked_fill(~held, w), 1), experts) for w in (float("nan"), 0.0))
-    assert torch.equal(got, zeroed)
+    if backend == "torch":  # adds up in no fixed order on a GPU
+        torch.testing.assert_close(got, zeroed)
+    else:
+        assert torch.equal(got, zeroed)
 
 
 @pytest.mark.parametrize("tokens", [FEW, SORTED, MANY])
