@@ -25,8 +25,8 @@ def assert_close_to_oracle(
     The twin's error is taken over its row, since the error of a single element is zero by luck now and then; rows are
     kept apart, since a row of few keys is larger, and so less exact, than a row of many. The first eps term is the
     rounding of the result (half an eps, doubled), the second that of a sum of terms as large as the row's largest.
-    An element that is exactly 0 in oracle and twin must be so, but for its noise; infinities and NaNs must be where the oracle has
-    them and nowhere else. Raises AssertionError.
+    An element that is exactly 0 in oracle and twin must be so, but for its noise; infinities and NaNs must be where the
+    oracle has them and nowhere else. Raises AssertionError.
     """
     _assert_close(actual, oracle, twin, name or "actual", noise, unit=0.0)
 
