@@ -63,7 +63,7 @@ def hooked() -> bool:
 
 def again(
     compiled: Any, grid: tuple[int, int, int], arguments: tuple[Any, ...], index: int, direct: bool
-) -> replay.Again | None:
+) -> replay.Repeat | None:
     """The same launch for other addresses of the tensors of the call that is recorded, None if it cannot be repeated.
 
     Addresses go to the driver as integers, which spares asking it about each pointer.
@@ -73,24 +73,20 @@ def again(
         template = replay.Template(replay.recording.tensors, arguments)
     except LookupError:
         return None
-    fill, shared = template.fill, template.shared
+    fill = template.fill
     several = torch.cuda.device_count() > 1
     public = compiled[grid]
     launch = _direct_launch(compiled, grid, index) if direct else public
 
-    def launch_again(addresses: list[int]) -> bool:
-        for i, j, distance in shared:
-            if addresses[i] - addresses[j] != distance:
-                return False
+    def launch_again(addresses: list[int]) -> None:
         run = public if hooked() else launch
         if several and torch.cuda.current_device() != index:
             with torch.cuda.device(index):
                 run(*fill(addresses))
         else:
             run(*fill(addresses))
-        return True
 
-    return launch_again
+    return replay.Repeat(template.shared, launch_again)
 
 
 def _direct_launch(compiled: Any, grid: tuple[int, int, int], index: int) -> Callable[..., None]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache, lru_cache, reduce, wraps
 from operator import itemgetter, or_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -38,8 +38,18 @@ class Number(int):
 
 
 Input = torch.Tensor | Number
-# Launches again with the addresses of the function's tensors, and its Numbers among them; False where the record does
-# not fit them after all, which the first launch of a call says.
+# (i, j, distance): the address of input i less that of input j, which has to be the same again.
+Relation = tuple[int, int, int]
+
+
+class Repeat(NamedTuple):
+    """One launch that can be made again, with the addresses of the function's tensors, and its Numbers, for these."""
+
+    relations: Sequence[Relation]
+    launch: Callable[[list[int]], None]
+
+
+# All launches of a call again; False, and nothing launched, where the addresses do not relate as they did.
 Again = Callable[[list[int]], bool]
 Fits = Callable[..., bool]
 # By the values of a call, and where its tensors begin in 16 bytes: what each set of layouts came to.
@@ -57,7 +67,7 @@ class _Recording(threading.local):
     """
 
     tensors: list[Input] | None = None
-    launches: list[Again | None]
+    launches: list[Repeat | None]
     paused: bool = False
 
 
@@ -242,15 +252,16 @@ def _layout(x: torch.Tensor) -> tuple[Hashable, ...]:
     return x.__class__, x.shape, x.stride(), x.dtype, x.get_device(), state
 
 
-def _in_turn(launches: list[Again]) -> Again:
-    """All launches of a call as one."""
-    if len(launches) == 1:
-        return launches[0]
-    first, *others = launches
+def _in_turn(repeats: list[Repeat]) -> Again:
+    """All launches of a call as one: none of them where one does not fit."""
+    relations = tuple(dict.fromkeys(relation for repeat in repeats for relation in repeat.relations))
+    first, *others = (repeat.launch for repeat in repeats)
 
     def launch_all(addresses: list[int]) -> bool:
-        if not first(addresses):
-            return False
+        for i, j, distance in relations:
+            if addresses[i] - addresses[j] != distance:
+                return False
+        first(addresses)
         for launch in others:
             launch(addresses)
         return True
@@ -258,7 +269,7 @@ def _in_turn(launches: list[Again]) -> Again:
     return launch_all
 
 
-def _recorded(inputs: list[Input], function: Callable[..., None], arguments: Sequence[Any]) -> list[Again]:
+def _recorded(inputs: list[Input], function: Callable[..., None], arguments: Sequence[Any]) -> list[Repeat]:
     """Call the function; what it launched, nothing if that cannot be repeated."""
     recording.tensors, recording.launches = inputs, []
     try:
@@ -288,7 +299,7 @@ class Template:
         self._constants: list[Any] = []
         self._maps: list[tuple[Callable[[int], Any], tuple[str, int]]] = []
         self._tuples: list[Callable[[list[Any]], Any]] = []
-        self.shared: list[tuple[int, int, int]] = []
+        self.shared: list[Relation] = []
         # Places are those of the pool that `fill` builds: addresses, addresses with offsets, constants, descriptors,
         # tuples.
         kinds = ("address", "offset", "constant", "map", "tuple")

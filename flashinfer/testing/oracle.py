@@ -125,8 +125,8 @@ def _logit_noise(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, dt
     """Errors of the logits, float64 `[num_qo_heads, qo_len, kv_len]`.
 
     A float32 eps times the sum of the magnitudes of all terms: |q||k| (with rotation also times the angles) as often as
-    `SEQUENTIAL_SUM` says, the cap, the ALiBi bias, and 1 for the exponential. For 16-bit inputs also what the GPU's own
-    tanh may be off, `TANH_ERROR` of the capped logit.
+    `SEQUENTIAL_SUM` says, the cap, the ALiBi bias, and 1 for the exponential. For 16-bit inputs on an NVIDIA GPU also
+    what its own tanh may be off, `TANH_ERROR` of the capped logit.
     With rotation also the rounding of both factors of each product to
     `dtype`: independent, so an eps of `dtype` times the root of the sum of squares (5 standard deviations).
     """
@@ -147,7 +147,7 @@ def _logit_noise(q: torch.Tensor, k: torch.Tensor, options: AttentionOptions, dt
     if options.pos_encoding_mode == "ALIBI":
         size = size + _alibi_bias(q_pos, kv_pos, q.shape[1]).abs()
     noise = size * torch.finfo(torch.float32).eps + rounded * factor
-    if options.soft_cap > 0 and dtype.itemsize == 2:
+    if options.soft_cap > 0 and dtype.itemsize == 2 and q.is_cuda and torch.version.hip is None:
         noise = noise + TANH_ERROR * _logits(q, k, options, torch.float64).abs()
     return noise
 

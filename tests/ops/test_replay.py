@@ -342,7 +342,8 @@ def test_a_repetition_goes_to_the_device_of_its_tensors(compiled: Compiled, monk
     monkeypatch.setattr(replay.recording, "tensors", [x], raising=False)
     for index in (0, 1):
         repeat = launch.again(compiled, (1, 1, 1), (x, 2), index, False)
-        assert repeat is not None and repeat([16])
+        assert repeat is not None
+        repeat.launch([16])
     assert visited == [0] and compiled.log == [("again", (1, 1, 1), (16, 2))] * 2
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashinfer.core import replay
-from flashinfer.core.replay import Number, Template, permanent, recording, replayed
+from flashinfer.core.replay import Number, Repeat, Template, permanent, recording, replayed
 
 
 def addresses(*tensors: torch.Tensor) -> list[int]:
@@ -109,11 +109,10 @@ class Recorder:
     def run(self, *arguments: Any) -> None:
         self.calls += 1
         if recording.tensors is not None:
-            recording.launches += [self.launch] * self.launches
+            recording.launches += [Repeat((), self.launch)] * self.launches
 
-    def launch(self, found: list[int]) -> bool:
+    def launch(self, found: list[int]) -> None:
         self.again.append(found)
-        return True
 
 
 @pytest.fixture
@@ -184,11 +183,21 @@ def test_numbers_are_told_by_which_object_they_are() -> None:
     assert template.fill([1, 2, 3]) == (7, 3, 2, (1, 8)) and not template.shared
 
 
-def test_a_refused_repetition_runs_the_function(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "launch", lambda found: False)
-    for _ in range(2):
-        recorder.remembered(torch.zeros(3))
-    assert recorder.calls == 2
+@pytest.mark.parametrize("refusing", [0, 1, 2])
+def test_a_refused_launch_runs_the_function_and_nothing_else(recorder: Recorder, refusing: int) -> None:
+    """Whichever of a call's launches it is."""
+    both = torch.zeros(6)
+
+    @replayed
+    def function(a: torch.Tensor, b: torch.Tensor) -> None:
+        recorder.calls += 1
+        for i in range(3):
+            relations = ((1, 0, 12),) if i == refusing else ()
+            recording.launches.append(Repeat(relations, recorder.launch))
+
+    function(both[:3], both[3:])
+    function(both[3:], both[:3])
+    assert recorder.calls == 2 and not recorder.again
 
 
 def test_the_memory_is_bounded(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,7 +288,7 @@ def test_this_torch_has_the_guards(setting: Callable[[], Any]) -> None:
 def test_no_tensor_is_kept_alive(recorder: Recorder) -> None:
     x, y = torch.zeros(3), torch.zeros(4)
     seen = [weakref.ref(x), weakref.ref(y), weakref.ref(x.untyped_storage())]
-    recorder.launch = lambda found: True  # type: ignore[method-assign]
+    recorder.launch = lambda found: None  # type: ignore[method-assign]
     for _ in range(2):
         recorder.remembered(x, (x, y), y, 1.0)
     assert recorder.calls == 1
@@ -330,13 +339,11 @@ def test_records_of_one_layout_are_all_tried(recorder: Recorder, monkeypatch: py
     """Two that differ in how their inputs overlap."""
     x, y = torch.zeros(3), torch.zeros(3)
 
-    def launch(shared: bool) -> Callable[[list[int]], bool]:
-        return lambda found: (found[0] == found[1]) == shared and recorder.launch(found)
-
     @replayed
     def function(a: torch.Tensor, b: torch.Tensor) -> None:
         recorder.calls += 1
-        recording.launches.append(launch(a.data_ptr() == b.data_ptr()))
+        relations = ((0, 1, 0),) if a.data_ptr() == b.data_ptr() else ()
+        recording.launches.append(Repeat(relations, recorder.launch))
 
     for _ in range(3):
         function(x, x.view(3))

@@ -58,7 +58,7 @@ class Part:
     unit: (inner, outer), both > 0: the logits hook is given x * inner and returns logits / outer. Kernels merge these
     factors with those that they multiply with anyway. The twin knows nothing of it.
     limit: what the logits hook returns (times outer) lies in [-limit, limit], or is NaN. Kernels may then do without a
-    running maximum; a hook that breaks its promise overflows there.
+    running maximum; a hook that breaks its promise overflows there, and so do values (V) past 2^26 beside large logits.
     """
 
     name: str

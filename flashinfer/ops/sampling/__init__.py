@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from types import ModuleType
 
 import torch
 
 from flashinfer.core.arch import arch_of
+from flashinfer.core.scratch import Needs
 from flashinfer.core.select import Impl
 from flashinfer.core.select import select as select_impl
 from flashinfer.ops.sampling.elementwise import plus_offsets, scale_logits, through_page_table
@@ -41,18 +41,16 @@ def _unit_stride(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-# How many bytes of scratch memory a kind of call takes, once one was made.
-_needed: dict[Hashable, int] = {}
+_needs = Needs()
 
 
 def scratch_for(kind: str, x: torch.Tensor, num_samples: int = 0) -> torch.Tensor | None:
     """Scratch memory for a call on a GPU; None before the first one of its kind, which finds out how much it takes."""
-    size = _needed.get((kind, x.shape, x.dtype, x.device, num_samples))
-    return None if size is None else torch.empty(size, dtype=torch.uint8, device=x.device)
+    return _needs.buffer((kind, x.shape, x.dtype, x.device, num_samples), x.device)
 
 
 def _note(size: int, kind: str, x: torch.Tensor, num_samples: int = 0) -> None:
-    _needed[kind, x.shape, x.dtype, x.device, num_samples] = size
+    _needs.note((kind, x.shape, x.dtype, x.device, num_samples), size)
 
 
 def softmax_into(

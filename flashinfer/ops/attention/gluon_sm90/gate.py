@@ -35,6 +35,7 @@ class Problem(NamedTuple):
     page_size: int = 0
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
+    sinks: bool = False
 
 
 def _problems() -> Iterator[Problem]:
@@ -56,6 +57,7 @@ def _problems() -> Iterator[Problem]:
     yield Problem("full_d256", Variant(), head_dim=256)
     yield Problem("causal_d256_page16", causal, 16, head_dim=256)
     yield Problem("cap", causal & variants.soft_cap(30.0, fast=True))
+    yield Problem("cap_sinks", causal & variants.soft_cap(30.0, fast=True), 16, sinks=True)
     yield Problem("cap_fp16", causal & variants.soft_cap(30.0, fast=True), dtype=torch.float16)
     yield Problem("cap_d256", causal & variants.soft_cap(50.0, fast=True), head_dim=256)
     yield Problem("window", causal & variants.sliding_window(1023))
@@ -111,7 +113,7 @@ def _arguments(problem: Problem) -> dict[str, Any]:
         "indices": int32 if paged else None,
         "heads": Heads(7, 7),
         "hooks": hooks_of(problem.variant),
-        "factors": Factors(1.0, 1.0, None, 0, None, 0, None),
+        "factors": Factors(1.0, 1.0, None, 0, None, 0, torch.empty(0) if problem.sinks else None),
         "cfg": Constant(cfg),
     }
 

@@ -140,6 +140,9 @@ def _write(state, record, qo_head, output, o_desc, outputs, outlet, hooks, facto
     qo_len = gl.load(record + 7)
     m_i = m_i * exponent_factor(hooks.logits, scale, cfg.natural_logits)
     if factors.sinks is not None:
+        if cfg.fixed_maximum:
+            # The sink of a row that saw nothing is its maximum.
+            m_i = gl.where(l_i == 0, LOWEST, m_i)
         m_i, l_i, acc = add_sink(m_i, l_i, acc, gl.load(factors.sinks + qo_head) * LOG2_E)
     # l = 0 only where a row saw nothing: its output is 0 and its lse -inf; NaN stays NaN.
     norm = gl.where(l_i == 0, 0.0, factors.output_scale / l_i)
