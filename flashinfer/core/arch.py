@@ -77,3 +77,14 @@ def arch_of(device: torch.device) -> Arch:
     if device.type != "cuda":
         return CPU
     return _cuda(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def identity_of(device: torch.device) -> tuple[str, str]:
+    """The GPU's own name in the world, and which GPU of this process it cannot reach the memory of ("": none)."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    refused = [
+        f"GPU {index} cannot reach the memory of GPU {other}"
+        for other in range(torch.cuda.device_count())
+        if other != index and not torch.cuda.can_device_access_peer(index, other)
+    ]
+    return str(torch.cuda.get_device_properties(index).uuid), "; ".join(refused)
