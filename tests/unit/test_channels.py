@@ -61,13 +61,17 @@ class Config(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A work item: what the kernel needs of a record. q_lo: first query of the tile."""
+    """A work item: what the kernel needs of a record, and what it finds. q_lo: first query of the tile. left: whether
+    warpgroup 0 needs no more than the left half of the last tile; right: the last one that of the first tile.
+    """
 
     q_lo: int
     kv_tile: int
     kv_tiles: int
     kv_len: int
     qo_len: int
+    left: bool = False
+    right: bool = False
 
 
 class Barriers(list[mbarrier]):
@@ -169,6 +173,14 @@ Channels = tuple[Ring, Ring, Ring]
 Operand = tuple[Part, Tile]
 
 
+def tokens(part: Part, which: str, cfg: Config) -> Part:
+    """The boxes with the left or right half of a tile's tokens, or all; copied tiles are one box."""
+    half = cfg.block_n // 2 // cfg.box if cfg.box else 0
+    boxes = cfg.block_n // cfg.box if cfg.box else 1
+    wanted = {"all": range(boxes), "left": range(half or 1), "right": range(half, boxes)}[which]
+    return Part(box for i, box in enumerate(part) if i % boxes in wanted)
+
+
 def _queries(q_desc: str, queries: Ring, n: int, cfg: Config) -> Steps:
     PARTS = GROUPS * HALVES
     yield from queries.acquire(n)
@@ -243,15 +255,37 @@ def _zero_tail(values: Ring, n: int, rest: int, tile: Tile, cfg: Config) -> Step
     yield partition_barrier()
 
 
-def _step(q: Operand, channels: Channels, n: int, end: int, k: Tile, turns: Turns, cfg: Config) -> Steps:
-    """k: the K tile that is meant; its products run beside those of the V tile before."""
+def _first(q: Operand, channels: Channels, place: tuple[int, int], k: Tile, kv_len: int, of_k: str, turns: Turns,
+           cfg: Config) -> Steps:  # fmt: skip
+    """place: number of the tile, and of the first one of the next item; k: the K tile that is meant."""
+    n, end = place
+    _, keys, values = channels
+    if cfg.turns:
+        yield from turns.take()
+    yield warpgroup_mma(q, (tokens(keys.part(n, 0), of_k, cfg), k))
+    if cfg.turns:
+        yield from turns.give()
+    yield warpgroup_mma_wait(0)
+    yield from keys.release(n)
+    if cfg.box > 0:
+        rest = kv_len - k[2]
+        if (rest < cfg.block_n) & (rest % cfg.box != 0):
+            yield from values.wait(n)
+            yield from _zero_tail(values, n, rest, ("V", *k[1:]), cfg)
+    yield from keys.wait(n + 1, n + 1 < end)
+
+
+def _step(q: Operand, channels: Channels, place: tuple[int, int], k: Tile, turns: Turns, cfg: Config,
+          of_k: str = "all", of_v: str = "all") -> Steps:  # fmt: skip
+    """place, k: as above; the tile's products run beside those of the V tile before. of_k, of_v: see `tokens`."""
+    n, end = place
     _, keys, values = channels
     v = ("V", k[1], k[2] + cfg.block_n)
     if cfg.turns:
         yield from turns.take()
-    yield warpgroup_mma(q, (keys.part(n, 0), k))
+    yield warpgroup_mma(q, (tokens(keys.part(n, 0), of_k, cfg), k))
     yield from values.wait(n - 1)
-    yield warpgroup_mma((values.part(n - 1, 0), v))
+    yield warpgroup_mma((tokens(values.part(n - 1, 0), of_v, cfg), v))
     if cfg.turns:
         yield from turns.give()
     yield warpgroup_mma_wait(1)
@@ -259,6 +293,16 @@ def _step(q: Operand, channels: Channels, n: int, end: int, k: Tile, turns: Turn
     yield from keys.wait(n + 1, n + 1 < end)
     yield warpgroup_mma_wait(0)
     yield from values.release(n - 1)
+
+
+def _last(channels: Channels, n: int, done: int, v: Tile, of_v: str, cfg: Config) -> Steps:
+    queries, _, values = channels
+    if not cfg.share_out:
+        yield from queries.release(n)
+    yield from values.wait(done)
+    yield warpgroup_mma((tokens(values.part(done, 0), of_v, cfg), v))
+    yield warpgroup_mma_wait(0)
+    yield from values.release(done)
 
 
 def _write(o: Tile, item: Item, outputs: Ring, outlet: int, CID: int, cfg: Config) -> Steps:
@@ -273,40 +317,36 @@ def _write(o: Tile, item: Item, outputs: Ring, outlet: int, CID: int, cfg: Confi
 
 
 def _consumer(channels: Channels, outputs: Ring, items: list[Item], CID: int, cfg: Config) -> Steps:
-    queries, keys, values = channels
+    queries, keys, _ = channels
+    LEFT, RIGHT = CID == 0, CID == GROUPS - 1
     turns = Turns(FIRST_BARRIER, CID, GROUPS)
     if cfg.turns:
         yield from turns.begin()
     done = 0
     for n in range(0, len(items)):
-        _, kv_tile, kv_tiles, kv_len, _ = items[n]
+        _, kv_tile, kv_tiles, kv_len, _, left, right = items[n]
         last = kv_tile + kv_tiles - 1
+        begin = 2 if LEFT and left and kv_tiles > 1 else 1
+        stop = kv_tiles - 1 if RIGHT and right and kv_tiles > 1 else kv_tiles
         end = done + kv_tiles
         yield from queries.wait(n)
         q = (queries.part(n, CID), ("Q", n, CID))
         yield from keys.wait(done)
-        if cfg.turns:
-            yield from turns.take()
-        yield warpgroup_mma(q, (keys.part(done, 0), ("K", n, last * cfg.block_n)))
-        if cfg.turns:
-            yield from turns.give()
-        yield warpgroup_mma_wait(0)
-        yield from keys.release(done)
-        if cfg.box > 0:
-            rest = kv_len - last * cfg.block_n
-            if (rest < cfg.block_n) & (rest % cfg.box != 0):
-                yield from values.wait(done)
-                yield from _zero_tail(values, done, rest, ("V", n, last * cfg.block_n), cfg)
-        yield from keys.wait(done + 1, kv_tiles > 1)
-        for j in range(1, kv_tiles):  # the kernel has three such loops, which differ in their masks
-            yield from _step(q, channels, done + j, end, ("K", n, (last - j) * cfg.block_n), turns, cfg)
-        if not cfg.share_out:
-            yield from queries.release(n)
+        k = ("K", n, last * cfg.block_n)
+        if LEFT and begin == 2:
+            yield from _first(q, channels, (done, end), k, kv_len, "left", turns, cfg)
+            yield from _step(q, channels, (done + 1, end), ("K", n, (last - 1) * cfg.block_n), turns, cfg, of_v="left")
+        else:
+            yield from _first(q, channels, (done, end), k, kv_len, "all", turns, cfg)
+        for j in range(begin, stop):  # the kernel has three such loops, which differ in their masks
+            yield from _step(q, channels, (done + j, end), ("K", n, (last - j) * cfg.block_n), turns, cfg)
+        v = ("V", n, kv_tile * cfg.block_n)
+        if RIGHT and stop < kv_tiles:
+            yield from _step(q, channels, (end - 1, end), ("K", n, kv_tile * cfg.block_n), turns, cfg, of_k="right")
+            yield from _last(channels, n, end - 1, v, "right", cfg)
+        else:
+            yield from _last(channels, n, end - 1, v, "all", cfg)
         done = end
-        yield from values.wait(done - 1)
-        yield warpgroup_mma((values.part(done - 1, 0), ("V", n, kv_tile * cfg.block_n)))
-        yield warpgroup_mma_wait(0)
-        yield from values.release(done - 1)
         yield tma_store_wait(0)
         outlet = n if cfg.share_out else 0
         yield from _write(("O", n, CID), items[n], outputs, outlet, CID, cfg)
@@ -354,8 +394,9 @@ def draw_items(rng: random.Random, cfg: Config) -> list[Item]:
     for _ in range(rng.randint(0, 5)):
         kv_tile, kv_tiles = rng.randint(0, 3), rng.choice([1, 1, 2, 3, 5])
         end = (kv_tile + kv_tiles) * cfg.block_n
+        halves = rng.random() < 0.5, rng.random() < 0.5
         kv_len = rng.choice([end, end - rng.randint(1, cfg.block_n - 1), end + 20])
-        items.append(Item(0, kv_tile, kv_tiles, kv_len, rng.randint(1, (GROUPS + 1) * cfg.rows)))
+        items.append(Item(0, kv_tile, kv_tiles, kv_len, rng.randint(1, (GROUPS + 1) * cfg.rows), *halves))
     return items
 
 
@@ -447,7 +488,7 @@ SOURCES = {
     "device/channels.py": [f"Ring.{x}" for x in ("acquire", "expect", "deliver", "drain", "wait", "release")]
     + [f"Turns.{x}" for x in ("begin", "take", "give", "end")],
     f"{HOPPER}/producer.py": ["_queries", "_fill", "tma_producer", "_copy", "copying_producer"],
-    f"{HOPPER}/kernel.py": ["_zero_tail", "_step", "_write", "_consumer"],
+    f"{HOPPER}/kernel.py": ["_zero_tail", "_first", "_step", "_last", "_write", "_consumer"],
 }
 
 

@@ -87,6 +87,8 @@ def configured(spec: AttentionSpec, traits: Traits, schedule: Schedule) -> Gluon
         masks_have_bounds=traits.masks_have_bounds,
         turns=schedule.turns,
         fixed_maximum=spec.q_dtype == torch.bfloat16 and traits.limit * math.log2(math.e) <= MOST_EXPONENT,
+        halves=traits.masks and traits.masks_have_bounds and not traits.logits and not wide,
+        early=False,
     )
 
 

@@ -28,7 +28,7 @@ NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 class Problem(NamedTuple):
-    """One compiled path; page_size 0: ragged. known_spills: bytes, where a loop is known to spill and may not more."""
+    """One compiled path; page_size 0: ragged."""
 
     name: str
     variant: Variant
@@ -36,7 +36,6 @@ class Problem(NamedTuple):
     head_dim: int = 128
     dtype: torch.dtype = torch.bfloat16
     sinks: bool = False
-    known_spills: int | None = None
 
 
 def _problems() -> Iterator[Problem]:
@@ -60,8 +59,9 @@ def _problems() -> Iterator[Problem]:
     yield Problem("cap", causal & variants.soft_cap(30.0, fast=True))
     yield Problem("cap_sinks", causal & variants.soft_cap(30.0, fast=True), 16, sinks=True)
     yield Problem("cap_fp16", causal & variants.soft_cap(30.0, fast=True), dtype=torch.float16)
-    yield Problem("cap_d256", causal & variants.soft_cap(50.0, fast=True), head_dim=256, known_spills=104)
+    yield Problem("cap_d256", causal & variants.soft_cap(50.0, fast=True), head_dim=256)
     yield Problem("window", causal & variants.sliding_window(1023))
+    yield Problem("window_d64", causal & variants.sliding_window(1023), head_dim=64)
     yield Problem("alibi", variants.alibi(meta) & causal)
     yield Problem("mask", variants.custom_mask(meta.to(torch.uint8), meta.to(torch.int32)))
 
@@ -77,7 +77,7 @@ def cases() -> Iterator[GateCase]:
             _arguments(problem),
             options={"num_warps": 4, "maxnreg": MAX_REGISTERS},
             archs=HOPPER,
-            max_spill_bytes=problem.known_spills if spills is None else spills,
+            max_spill_bytes=spills,
         )
     int32, int64 = torch.empty(0, dtype=torch.int32), torch.empty(0, dtype=torch.int64)
     order = {

@@ -14,6 +14,7 @@ import torch
 
 from flashinfer.device.channels import FIRST_BARRIER, Ring, Turns
 from flashinfer.device.gluon import (
+    constexpr_function,
     fence_async_shared,
     gl,
     jit,
@@ -28,7 +29,7 @@ from flashinfer.device.gluon import (
 from flashinfer.ops.attention.device.arguments import LOG2_E, add_sink
 from flashinfer.ops.attention.device.hooks import exponent_factor, fold_bounds
 from flashinfer.ops.attention.gluon_sm90.producer import BOX_COLUMNS, producer, producer_warps, rounds, work_item
-from flashinfer.ops.attention.gluon_sm90.softmax import LOWEST, online, row_sums, transformed
+from flashinfer.ops.attention.gluon_sm90.softmax import LOWEST, online, pinned, row_sums, transformed
 
 # Consumer warpgroups.
 GROUPS = gl.constexpr(2)
@@ -44,7 +45,9 @@ class GluonConfig:
     tokens of a TMA box, 0 where threads copy K and V token by token. page_size: 0 if ragged. head_block: query heads
     worked on side by side (they share K and V in the L2 cache). share_out: the output leaves through the memory of the
     queries. natural_logits, masks_have_bounds: as in the Triton kernel. turns: whether warpgroups take turns at the
-    tensor cores. fixed_maximum: weights are relative to a logit of 0, not to each row's maximum.
+    tensor cores. fixed_maximum: weights are relative to a logit of 0, not to each row's maximum. halves: whether a
+    warpgroup leaves out the half of its first or last tile that its bounds say is masked. early: whether the next
+    record is read beside an item's last product.
     """
 
     head_dim: int
@@ -61,6 +64,8 @@ class GluonConfig:
     masks_have_bounds: bool
     turns: bool
     fixed_maximum: bool
+    halves: bool
+    early: bool
 
 
 class Tiles(NamedTuple):
@@ -95,38 +100,134 @@ def _zero_tail(values, n, rest, cfg: gl.constexpr):
     partition_barrier()
 
 
+@constexpr_function
+def _logits_layout(columns):
+    """Of the products of a warpgroup's queries with `columns` keys."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
 @jit
-def _step(q, state, channels, n, end, item, begin, hooks, scale, turns, MASK: gl.constexpr, cfg: gl.constexpr,
-          SL: gl.constexpr, OL: gl.constexpr, PL: gl.constexpr):  # fmt: skip
-    """One KV tile: its products run beside those of the tile before with V, its softmax beside the latter."""
-    p, acc, m_i, l_i = state
+def _tokens(tile, FIRST: gl.constexpr, COUNT: gl.constexpr):
+    """COUNT tokens from FIRST on of a K or V tile."""
+    if COUNT == tile.shape[0]:
+        return tile
+    else:
+        return tile.slice(FIRST, COUNT)
+
+
+@jit
+def _queries_again(whose, queries, cfg: gl.constexpr):
+    """The warpgroup's queries, for a step. whose: (their tile, work item, warpgroup).
+
+    Where registers are short the loop must not keep the descriptors of all their slices: each step makes them from an
+    index that the compiler cannot see through. Seen in SASS: 4 spills in the loop without, and 14 instructions less.
+    """
+    q, n, CID = whose
+    if cfg.natural_logits and cfg.head_dim > 128:
+        return queries.parts.index(pinned(queries.stage(n) * queries.PARTS + CID))
+    else:
+        return q
+
+
+@jit
+def _first(q, channels, n, end, item, begin, hooks, scale, turns, COUNT: gl.constexpr, cfg: gl.constexpr,
+           OL: gl.constexpr):  # fmt: skip
+    """The first KV tile of an item, or its left COUNT tokens: the state before any product with V."""
     _, keys, values = channels
-    zero = gl.full([cfg.rows, cfg.block_n], 0.0, gl.float32, SL)
+    SL: gl.constexpr = _logits_layout(COUNT)
+    zero = gl.full([cfg.rows, COUNT], 0.0, gl.float32, SL)
+    m_i = gl.full([cfg.rows], 0.0 if cfg.fixed_maximum else LOWEST, gl.float32, gl.SliceLayout(1, SL))
     if cfg.turns:
         turns.take()
-    s = warpgroup_mma(q, keys.part(n, 0).permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma(q, _tokens(keys.part(n, 0), 0, COUNT).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if cfg.turns:
+        turns.give()
+    s = warpgroup_mma_wait(0, deps=[s])
+    keys.release(n)
+    s = transformed(s, item, begin, hooks, scale, True, True, cfg)
+    p, m_i, _ = online(s, m_i, hooks, scale, cfg)
+    l_i = row_sums(p)
+    if cfg.box > 0:
+        rest = item[4] - begin
+        if (rest < cfg.block_n) & (rest % cfg.box != 0):
+            values.wait(n)
+            _zero_tail(values, n, rest, cfg)
+    keys.wait(n + 1, n + 1 < end)
+    acc = gl.full([cfg.rows, cfg.head_dim], 0.0, gl.float32, OL)
+    return p, acc, m_i, l_i
+
+
+@jit
+def _step(whose, state, channels, n, end, item, begin, hooks, scale, turns, MASK: gl.constexpr, FIRST: gl.constexpr,
+          COUNT: gl.constexpr, cfg: gl.constexpr, PL: gl.constexpr):  # fmt: skip
+    """One KV tile, or COUNT tokens of it from FIRST on, `begin` being the first of them: its products run beside those
+    of the tile before with V, its softmax beside the latter. The state is of the left half of that tile, or the whole.
+    """
+    p, acc, m_i, l_i = state
+    queries, keys, values = channels
+    q = _queries_again(whose, queries, cfg)
+    SL: gl.constexpr = _logits_layout(COUNT)
+    zero = gl.full([cfg.rows, COUNT], 0.0, gl.float32, SL)
+    if cfg.turns:
+        turns.take()
+    s = warpgroup_mma(q, _tokens(keys.part(n, 0), FIRST, COUNT).permute((1, 0)), zero, use_acc=False, is_async=True)
     # P stays fp32 until here: converted earlier, its packing would delay the product above.
     weights = gl.convert_layout(p.to(q.dtype), PL)
     values.wait(n - 1)
-    acc = warpgroup_mma(weights, values.part(n - 1, 0), acc, is_async=True)
+    acc = warpgroup_mma(weights, _tokens(values.part(n - 1, 0), 0, p.shape[1]), acc, is_async=True)
     if cfg.turns:
         turns.give()
     s = warpgroup_mma_wait(1, deps=[s])
     keys.release(n)
-    s = transformed(s, item, begin, hooks, scale, MASK, False, cfg, SL)
+    s = transformed(s, item, begin, hooks, scale, MASK, False, cfg)
     p, m_i, alpha = online(s, m_i, hooks, scale, cfg)
-    sums = row_sums(p, cfg.rows, cfg.block_n)
+    sums = row_sums(p)
     # The wait for the next K tile stands here: a spin loop ends a basic block, which keeps ptxas from hoisting the wait
     # for P V above the exponentials.
     keys.wait(n + 1, n + 1 < end)
     acc = warpgroup_mma_wait(0, deps=[acc])
     values.release(n - 1)
+    l_i = gl.convert_layout(l_i, sums.type.layout)
     if cfg.fixed_maximum:
         l_i = l_i + sums
     else:
         l_i = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None] + sums
-        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, OL))[:, None]
+        acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
     return p, acc, m_i, l_i
+
+
+@jit
+def _read(work, num_tiles, n, heads, cfg: gl.constexpr):
+    """The n-th work item: its record, query head, request, query tile, first KV tile, KV tiles, kv_len and qo_len."""
+    record, qo_head = work_item(work, num_tiles, n, cfg)
+    inside = n < rounds(num_tiles, heads, cfg)
+    fields = (record, qo_head)
+    for i in gl.static_range(5):
+        fields = fields + (gl.load(record + i, mask=inside, other=0),)
+    return fields + (gl.load(record + 7, mask=inside, other=0),)
+
+
+@jit
+def _last(state, channels, n, done, following, agenda, FIRST: gl.constexpr, cfg: gl.constexpr, PL: gl.constexpr):
+    """The product of the last tile, or of its tokens from FIRST on, with V; maxima and sums of whole rows. Beside it
+    the item after the n-th is read; where none follows, the n-th again. agenda: (work, number of tiles, heads).
+    """
+    p, acc, m_i, l_i = state
+    queries, _, values = channels
+    OL: gl.constexpr = acc.type.layout
+    if not cfg.share_out:
+        queries.release(n)
+    values.wait(done)
+    weights = gl.convert_layout(p.to(values.parts.dtype), PL)
+    acc = warpgroup_mma(weights, _tokens(values.part(done, 0), FIRST, p.shape[1]), acc, is_async=True)
+    l_row = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, OL))
+    m_row = gl.convert_layout(m_i, gl.SliceLayout(1, OL))
+    if cfg.early:
+        work, num_tiles, heads = agenda
+        following = _read(work, num_tiles, gl.minimum(n + 1, rounds(num_tiles, heads, cfg) - 1), heads, cfg)
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    values.release(done)
+    return (acc, m_row, l_row), following
 
 
 @jit
@@ -170,94 +271,84 @@ def _write(state, record, qo_head, output, o_desc, outputs, outlet, hooks, facto
 @jit
 def _consumer(o_desc, channels, outputs, output, work, heads, hooks, factors, CID: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup: `rows` queries of each work item."""
-    queries, keys, values = channels
-    dtype: gl.constexpr = o_desc.dtype
-    SL: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, cfg.block_n, 16]
-    )
+    queries, keys, _ = channels
     OL: gl.constexpr = gl.NVMMADistributedLayout(
         version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, cfg.head_dim, 16]
     )
     PL: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=OL, k_width=2)
+    N: gl.constexpr = cfg.block_n
+    HALF: gl.constexpr = N // 2
+    # Upper rows see less of the last keys, lower ones less of the first.
+    LEFT: gl.constexpr = cfg.halves and CID == 0
+    RIGHT: gl.constexpr = cfg.halves and CID == GROUPS - 1
     turns = Turns(FIRST_BARRIER, CID, GROUPS)
     if cfg.turns:
         turns.begin()
     num_tiles = gl.load(work.num_tiles)
     done = 0
+    following = _read(work, num_tiles, 0, heads, cfg)
     for n in range(0, rounds(num_tiles, heads, cfg)):
-        record, qo_head = work_item(work, num_tiles, n, cfg)
-        request = gl.load(record)
-        q_lo = gl.load(record + 1) * (GROUPS * cfg.rows) + CID * cfg.rows
-        kv_tile = gl.load(record + 2)
-        kv_tiles = gl.load(record + 3)
-        kv_len = gl.load(record + 4)
-        qo_len = gl.load(record + 7)
+        if not cfg.early:
+            following = _read(work, num_tiles, n, heads, cfg)
+        record, qo_head, request, q_tile, kv_tile, kv_tiles, kv_len, qo_len = following
+        q_lo = q_tile * (GROUPS * cfg.rows) + CID * cfg.rows
         item = (request, q_lo, qo_head, qo_len, kv_len)
         scale = factors.sm_scale
         if factors.logits is not None:
             scale = scale * gl.load(factors.logits + qo_head * factors.logits_stride)
         q_hi = gl.minimum(q_lo + cfg.rows, qo_len)
-        _, _, full_lo, full_hi = fold_bounds(hooks.bounds, q_lo, q_hi, qo_len, kv_len, cfg.masks_have_bounds)
+        lo, hi, full_lo, full_hi = fold_bounds(hooks.bounds, q_lo, q_hi, qo_len, kv_len, cfg.masks_have_bounds)
         last = kv_tile + kv_tiles - 1
-        # Steps: the first one and those before `plain` need masks, those before `head` none, the rest again.
-        plain = gl.minimum(gl.maximum(last + 1 - full_hi // cfg.block_n, 1), kv_tiles)
+        # Steps: those before `begin` and from `stop` on take one half, the other ones before `plain` need masks, those
+        # before `head` none, the rest again.
+        begin = 1
+        stop = kv_tiles
+        if LEFT:
+            begin = gl.where((hi <= last * N + HALF) & (kv_tiles > 1), 2, 1)
+        if RIGHT:
+            # Where nothing bounds the keys from the left the compiler sees it, and drops the last half.
+            stop = gl.where((full_lo != 0) & (lo >= kv_tile * N + HALF) & (kv_tiles > 1), kv_tiles - 1, kv_tiles)
+        plain = gl.minimum(gl.maximum(last + 1 - full_hi // N, begin), stop)
         if len(hooks.mask) == 0:
             # Nothing but the end of the keys, which lies in the first tile; the compiler drops the other masked loop.
             plain = 1
-        head = gl.minimum(gl.maximum(last + 1 - (full_lo + cfg.block_n - 1) // cfg.block_n, plain), kv_tiles)
-        # Where nothing bounds the keys from the left the compiler sees this, and drops the last loop.
-        head = gl.where(full_lo == 0, kv_tiles, head)
+        head = gl.minimum(gl.maximum(last + 1 - (full_lo + N - 1) // N, plain), stop)
+        # Likewise the last loop.
+        head = gl.where(full_lo == 0, stop, head)
         end = done + kv_tiles
 
         queries.wait(n)
         q = queries.part(n, CID)
         keys.wait(done)
-        zero = gl.full([cfg.rows, cfg.block_n], 0.0, gl.float32, SL)
-        m_i = gl.full([cfg.rows], 0.0 if cfg.fixed_maximum else LOWEST, gl.float32, gl.SliceLayout(1, SL))
-        if cfg.turns:
-            turns.take()
-        s = warpgroup_mma(q, keys.part(done, 0).permute((1, 0)), zero, use_acc=False, is_async=True)
-        if cfg.turns:
-            turns.give()
-        s = warpgroup_mma_wait(0, deps=[s])
-        keys.release(done)
-        s = transformed(s, item, last * cfg.block_n, hooks, scale, True, True, cfg, SL)
-        p, m_i, _ = online(s, m_i, hooks, scale, cfg)
-        l_i = row_sums(p, cfg.rows, cfg.block_n)
-        acc = gl.full([cfg.rows, cfg.head_dim], 0.0, gl.float32, OL)
-        if cfg.box > 0:
-            rest = kv_len - last * cfg.block_n
-            if (rest < cfg.block_n) & (rest % cfg.box != 0):
-                values.wait(done)
-                _zero_tail(values, done, rest, cfg)
-        keys.wait(done + 1, kv_tiles > 1)
-        state = (p, acc, m_i, l_i)
-        for j in range(1, plain):
-            begin = (last - j) * cfg.block_n
-            state = _step(q, state, channels, done + j, end, item, begin, hooks, scale, turns, True, cfg, SL, OL, PL)
+        whose = (q, n, CID)
+        if LEFT and begin == 2:
+            half = _first(q, channels, done, end, item, last * N, hooks, scale, turns, HALF, cfg, OL)
+            state = _step(whose, half, channels, done + 1, end, item, (last - 1) * N, hooks, scale, turns,
+                          True, 0, N, cfg, PL)  # fmt: skip
+        else:
+            state = _first(q, channels, done, end, item, last * N, hooks, scale, turns, N, cfg, OL)
+        for j in range(begin, plain):
+            state = _step(whose, state, channels, done + j, end, item, (last - j) * N, hooks, scale, turns,
+                          True, 0, N, cfg, PL)  # fmt: skip
         for j in range(plain, head):
-            begin = (last - j) * cfg.block_n
-            state = _step(q, state, channels, done + j, end, item, begin, hooks, scale, turns, False, cfg, SL, OL, PL)
-        for j in range(head, kv_tiles):
-            begin = (last - j) * cfg.block_n
-            state = _step(q, state, channels, done + j, end, item, begin, hooks, scale, turns, True, cfg, SL, OL, PL)
-        p, acc, m_i, l_i = state
-        if not cfg.share_out:
-            queries.release(n)
+            state = _step(whose, state, channels, done + j, end, item, (last - j) * N, hooks, scale, turns,
+                          False, 0, N, cfg, PL)  # fmt: skip
+        for j in range(head, stop):
+            state = _step(whose, state, channels, done + j, end, item, (last - j) * N, hooks, scale, turns,
+                          True, 0, N, cfg, PL)  # fmt: skip
+        agenda = (work, num_tiles, heads)
+        if RIGHT and stop < kv_tiles:
+            half = _step(whose, state, channels, end - 1, end, item, kv_tile * N + HALF, hooks, scale, turns,
+                         True, HALF, HALF, cfg, PL)  # fmt: skip
+            total, following = _last(half, channels, n, end - 1, following, agenda, HALF, cfg, PL)
+        else:
+            total, following = _last(state, channels, n, end - 1, following, agenda, 0, cfg, PL)
         done = end
-        values.wait(done - 1)
-        weights = gl.convert_layout(p.to(dtype), PL)
-        acc = warpgroup_mma(weights, values.part(done - 1, 0), acc, is_async=True)
-        l_row = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, OL))
-        m_row = gl.convert_layout(m_i, gl.SliceLayout(1, OL))
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        values.release(done - 1)
         # The store of the item before has left the buffer.
         tma_store_wait(0)
-        state = (acc, m_row, l_row)
         # Where memory is short the output leaves through that of this item's queries.
         outlet = n if cfg.share_out else 0
-        _write(state, record, qo_head, output, o_desc, outputs, outlet, hooks, factors, scale, CID, cfg, OL)
+        _write(total, record, qo_head, output, o_desc, outputs, outlet, hooks, factors, scale, CID, cfg, OL)
         if cfg.share_out:
             tma_store_wait(0)
             queries.release(n)
