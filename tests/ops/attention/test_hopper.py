@@ -71,6 +71,19 @@ def test_options(entry, option, head_dim, rng):
 
 
 @on_hopper
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("window_left", [-1, 0, 63, 64, 127, 128, 255, 1023])
+def test_edges_of_tiles(window_left, head_dim, rng):
+    """Where the diagonal or the window's edge leaves half of a tile, a warpgroup multiplies the other half only."""
+    lens = [(qo, qo + more) for qo in (64, 128, 129, 192, 300) for more in (-20, 0, 1, 63, 64, 65, 127, 128, 1000)]
+    rng.shuffle(lens)
+    given = {"dtype": rng.choice(HALVES), "page_size": 16, "causal": True, "window_left": window_left}
+    problem = make(Case(*zip(*lens, strict=True), 2, 1, head_dim, **given))
+    for run in (run_ragged, run_paged):
+        check(problem, *run(problem, BACKEND, rng))
+
+
+@on_hopper
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize(("cap", "dtype"), [(50.0, HALVES[1]), (50.0, HALVES[0]), (60.0, HALVES[1])])
 @pytest.mark.parametrize("entry", PREFILLS)
