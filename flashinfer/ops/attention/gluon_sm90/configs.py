@@ -88,7 +88,6 @@ def configured(spec: AttentionSpec, traits: Traits, schedule: Schedule) -> Gluon
         turns=schedule.turns,
         fixed_maximum=spec.q_dtype == torch.bfloat16 and traits.limit * math.log2(math.e) <= MOST_EXPONENT,
         halves=traits.masks and traits.masks_have_bounds and not traits.logits and not wide,
-        early=False,
     )
 
 

@@ -46,8 +46,7 @@ class GluonConfig:
     worked on side by side (they share K and V in the L2 cache). share_out: the output leaves through the memory of the
     queries. natural_logits, masks_have_bounds: as in the Triton kernel. turns: whether warpgroups take turns at the
     tensor cores. fixed_maximum: weights are relative to a logit of 0, not to each row's maximum. halves: whether a
-    warpgroup leaves out the half of its first or last tile that its bounds say is masked. early: whether the next
-    record is read beside an item's last product.
+    warpgroup leaves out the half of its first or last tile that its bounds say is masked.
     """
 
     head_dim: int
@@ -65,7 +64,6 @@ class GluonConfig:
     turns: bool
     fixed_maximum: bool
     halves: bool
-    early: bool
 
 
 class Tiles(NamedTuple):
@@ -197,21 +195,8 @@ def _step(whose, state, channels, n, end, item, begin, hooks, scale, turns, MASK
 
 
 @jit
-def _read(work, num_tiles, n, heads, cfg: gl.constexpr):
-    """The n-th work item: its record, query head, request, query tile, first KV tile, KV tiles, kv_len and qo_len."""
-    record, qo_head = work_item(work, num_tiles, n, cfg)
-    inside = n < rounds(num_tiles, heads, cfg)
-    fields = (record, qo_head)
-    for i in gl.static_range(5):
-        fields = fields + (gl.load(record + i, mask=inside, other=0),)
-    return fields + (gl.load(record + 7, mask=inside, other=0),)
-
-
-@jit
-def _last(state, channels, n, done, following, agenda, FIRST: gl.constexpr, cfg: gl.constexpr, PL: gl.constexpr):
-    """The product of the last tile, or of its tokens from FIRST on, with V; maxima and sums of whole rows. Beside it
-    the item after the n-th is read; where none follows, the n-th again. agenda: (work, number of tiles, heads).
-    """
+def _last(state, channels, n, done, FIRST: gl.constexpr, cfg: gl.constexpr, PL: gl.constexpr):
+    """The product of item n's last tile, or of its tokens from FIRST on, with V; maxima and sums of whole rows."""
     p, acc, m_i, l_i = state
     queries, _, values = channels
     OL: gl.constexpr = acc.type.layout
@@ -222,12 +207,9 @@ def _last(state, channels, n, done, following, agenda, FIRST: gl.constexpr, cfg:
     acc = warpgroup_mma(weights, _tokens(values.part(done, 0), FIRST, p.shape[1]), acc, is_async=True)
     l_row = gl.convert_layout(gl.sum(l_i, 1), gl.SliceLayout(1, OL))
     m_row = gl.convert_layout(m_i, gl.SliceLayout(1, OL))
-    if cfg.early:
-        work, num_tiles, heads = agenda
-        following = _read(work, num_tiles, gl.minimum(n + 1, rounds(num_tiles, heads, cfg) - 1), heads, cfg)
     acc = warpgroup_mma_wait(0, deps=[acc])
     values.release(done)
-    return (acc, m_row, l_row), following
+    return acc, m_row, l_row
 
 
 @jit
@@ -286,12 +268,14 @@ def _consumer(o_desc, channels, outputs, output, work, heads, hooks, factors, CI
         turns.begin()
     num_tiles = gl.load(work.num_tiles)
     done = 0
-    following = _read(work, num_tiles, 0, heads, cfg)
     for n in range(0, rounds(num_tiles, heads, cfg)):
-        if not cfg.early:
-            following = _read(work, num_tiles, n, heads, cfg)
-        record, qo_head, request, q_tile, kv_tile, kv_tiles, kv_len, qo_len = following
-        q_lo = q_tile * (GROUPS * cfg.rows) + CID * cfg.rows
+        record, qo_head = work_item(work, num_tiles, n, cfg)
+        request = gl.load(record)
+        q_lo = gl.load(record + 1) * (GROUPS * cfg.rows) + CID * cfg.rows
+        kv_tile = gl.load(record + 2)
+        kv_tiles = gl.load(record + 3)
+        kv_len = gl.load(record + 4)
+        qo_len = gl.load(record + 7)
         item = (request, q_lo, qo_head, qo_len, kv_len)
         scale = factors.sm_scale
         if factors.logits is not None:
@@ -336,13 +320,12 @@ def _consumer(o_desc, channels, outputs, output, work, heads, hooks, factors, CI
         for j in range(head, stop):
             state = _step(whose, state, channels, done + j, end, item, (last - j) * N, hooks, scale, turns,
                           True, 0, N, cfg, PL)  # fmt: skip
-        agenda = (work, num_tiles, heads)
         if RIGHT and stop < kv_tiles:
             half = _step(whose, state, channels, end - 1, end, item, kv_tile * N + HALF, hooks, scale, turns,
                          True, HALF, HALF, cfg, PL)  # fmt: skip
-            total, following = _last(half, channels, n, end - 1, following, agenda, HALF, cfg, PL)
+            total = _last(half, channels, n, end - 1, HALF, cfg, PL)
         else:
-            total, following = _last(state, channels, n, end - 1, following, agenda, 0, cfg, PL)
+            total = _last(state, channels, n, end - 1, 0, cfg, PL)
         done = end
         # The store of the item before has left the buffer.
         tma_store_wait(0)
