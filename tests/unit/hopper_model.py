@@ -8,6 +8,7 @@ with garbage is a `ProtocolError`. A warpgroup is one thread here: what its thre
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -277,3 +278,16 @@ def warpgroup_mma(*operands: tuple[Part, Tile]) -> Operation:
 
 def warpgroup_mma_wait(pending: int) -> Operation:
     return lambda gpu, me: lambda: gpu.in_flight(me, "product") <= pending
+
+
+def assert_found(message: str, run: Callable[[random.Random], None]) -> None:
+    """Some of 200 random schedules must fail as `message` (a regex) says; the seed is fixed, so no luck is needed."""
+    rng, found = random.Random(0), set()
+    for _ in range(200):
+        try:
+            run(rng)
+        except ProtocolError as error:
+            found.add(str(error))
+            if re.search(message, str(error)):
+                return
+    raise AssertionError(f"found only {found}")
