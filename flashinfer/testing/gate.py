@@ -7,7 +7,7 @@ architecture without a GPU.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -96,6 +96,12 @@ class Typed(NamedTuple):
     """An argument of `case_of` whose type is written out."""
 
     kind: str
+
+
+def tensor_map(dtype: torch.dtype, box: Sequence[int], layout: object = None) -> Typed:
+    """A tensor map, for `case_of`; layout: of the box in shared memory, which Gluon wants to know."""
+    end = "" if layout is None else f",{layout!r}"
+    return Typed(f"tensordesc<{POINTERS[dtype][1:]}{list(box)}{end}>")
 
 
 def case_of(name: str, kernel: Any, arguments: Mapping[str, Any], **fields: Any) -> GateCase:

@@ -90,7 +90,8 @@ class GemmSpec(NamedTuple):
     kind: of the weights. n, k: of a weight matrix. layout: "one" group, "ragged" (indptr), "padded" (lengths), "equal"
     (room for equally many rows, all there). transposed: the stride of 1 is that of N. scale_rows, scale_cols: rows of
     `values`, and of a weight matrix, that share a scale; 0 without scales. row_map, weight_map, out_map: whether
-    address and strides allow a tensor map (TMA) of rows, weights, result. activation: "" for none.
+    address and strides allow a tensor map (TMA) of rows, weights, result. activation: "" for none. Defaults:
+    the plainest product of groups.
     """
 
     kind: str
@@ -99,18 +100,18 @@ class GemmSpec(NamedTuple):
     out_dtype: torch.dtype
     n: int
     k: int
-    layout: str
-    gathered: bool
-    indexed: bool
-    transposed: bool
-    scale_rows: int
-    scale_cols: int
-    row_map: bool
-    weight_map: bool
-    out_map: bool
-    bias: bool
-    activation: str
-    row_weights: bool
+    layout: str = "ragged"
+    gathered: bool = False
+    indexed: bool = False
+    transposed: bool = False
+    scale_rows: int = 0
+    scale_cols: int = 0
+    row_map: bool = True
+    weight_map: bool = True
+    out_map: bool = True
+    bias: bool = False
+    activation: str = ""
+    row_weights: bool = False
 
     @property
     def gated(self) -> bool:

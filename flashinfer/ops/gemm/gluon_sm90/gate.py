@@ -15,31 +15,11 @@ from flashinfer.ops.gemm.gluon_sm90.launch import box_layout, boxes
 from flashinfer.ops.gemm.gluon_sm90.scaled import Scales
 from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
 from flashinfer.ops.gemm.spec import GemmSpec
-from flashinfer.testing.gate import Constant, GateCase, Typed, case_of
+from flashinfer.testing.gate import Constant, GateCase, case_of, tensor_map
 
 HOPPER = ("sm90",)
 BF16, FP16, E4M3 = torch.bfloat16, torch.float16, torch.float8_e4m3fn
-SPELLED = {BF16: "bf16", FP16: "fp16", E4M3: "fp8e4nv"}
-BASE = GemmSpec(
-    kind="plain",
-    row_dtype=BF16,
-    weight_dtype=BF16,
-    out_dtype=BF16,
-    n=4096,
-    k=4096,
-    layout="ragged",
-    gathered=False,
-    indexed=False,
-    transposed=False,
-    scale_rows=0,
-    scale_cols=0,
-    row_map=True,
-    weight_map=True,
-    out_map=True,
-    bias=False,
-    activation="",
-    row_weights=False,
-)
+BASE = GemmSpec("plain", BF16, BF16, BF16, n=4096, k=4096)
 HALF = BASE._replace(row_dtype=FP16, weight_dtype=FP16, out_dtype=FP16)
 BLOCK = BASE._replace(kind="fp8_block", row_dtype=E4M3, weight_dtype=E4M3, scale_rows=1, scale_cols=128)
 TENSOR = BLOCK._replace(kind="fp8_tensor", scale_rows=0, scale_cols=0)
@@ -91,7 +71,10 @@ def _case(problem: Problem, name: str) -> GateCase:
     config = configured(spec, tile, problem.groups, finish is not None)
     int32, fp32 = torch.empty(0, dtype=torch.int32), torch.empty(0)
     dtypes = (spec.row_dtype, spec.weight_dtype, spec.out_dtype)
-    maps = [_map(dtype, box) for dtype, box in zip(dtypes, boxes(config), strict=True)]
+    maps = [
+        tensor_map(dtype, box, box_layout(len(box), box[-1], dtype.itemsize * 8))
+        for dtype, box in zip(dtypes, boxes(config), strict=True)
+    ]
     start, consumer, producer = REGISTERS[tile.consumers, tile.per_sm]
     arguments: dict[str, Any] = {
         "x_desc": maps[0],
@@ -133,7 +116,3 @@ def _finish(spec: GemmSpec) -> Finish | None:
         fp32 if per_tensor else None,
         1,
     )
-
-
-def _map(dtype: torch.dtype, box: tuple[int, ...]) -> Typed:
-    return Typed(f"tensordesc<{SPELLED[dtype]}{list(box)},{box_layout(len(box), box[-1], dtype.itemsize * 8)!r}>")

@@ -14,7 +14,7 @@ from flashinfer.ops.gemm.triton.configs import HEIGHTS, Launch, choose
 from flashinfer.ops.gemm.triton.kernel import grouped_gemm_kernel
 from flashinfer.ops.gemm.triton.operands import RowSide, WeightSide
 from flashinfer.ops.gemm.triton.schedule import Groups
-from flashinfer.testing.gate import AMD_ARCHS, NVIDIA_ARCHS, Constant, GateCase, Typed, case_of
+from flashinfer.testing.gate import AMD_ARCHS, NVIDIA_ARCHS, Constant, GateCase, case_of, tensor_map
 
 BF16, FP16, E4M3, U8 = torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.uint8
 ARCHS = {
@@ -22,27 +22,7 @@ ARCHS = {
     "fp8": ("sm89", "sm90", "sm100", "sm120", "gfx950"),
 }
 NUM_GROUPS = 8
-SPELLED = {BF16: "bf16", FP16: "fp16", E4M3: "fp8e4nv", U8: "u8"}
-BASE = GemmSpec(
-    kind="plain",
-    row_dtype=BF16,
-    weight_dtype=BF16,
-    out_dtype=BF16,
-    n=4096,
-    k=4096,
-    layout="ragged",
-    gathered=False,
-    indexed=False,
-    transposed=False,
-    scale_rows=0,
-    scale_cols=0,
-    row_map=True,
-    weight_map=True,
-    out_map=True,
-    bias=False,
-    activation="",
-    row_weights=False,
-)
+BASE = GemmSpec("plain", BF16, BF16, BF16, n=4096, k=4096)
 BLOCK = BASE._replace(kind="fp8_block", row_dtype=E4M3, weight_dtype=E4M3, scale_rows=1, scale_cols=128)
 
 
@@ -105,9 +85,9 @@ def _arguments(spec: GemmSpec, launch: Launch) -> dict[str, Any]:
     scaled = spec.kind == "fp8_tensor"
     parameters = [fp32] * 3 if spec.activation == "swiglu" and spec.bias else [None] * 3
     return {
-        "x_desc": _map(spec.row_dtype, (cfg.block_m, cfg.block_k)) if cfg.row_map else None,
-        "w_desc": _map(spec.weight_dtype, box) if cfg.weight_map else None,
-        "o_desc": _map(spec.out_dtype, (cfg.block_m, cfg.block_n)) if cfg.out_map else None,
+        "x_desc": tensor_map(spec.row_dtype, (cfg.block_m, cfg.block_k)) if cfg.row_map else None,
+        "w_desc": tensor_map(spec.weight_dtype, box) if cfg.weight_map else None,
+        "o_desc": tensor_map(spec.out_dtype, (cfg.block_m, cfg.block_n)) if cfg.out_map else None,
         "rows": RowSide(values, 16, int32 if spec.gathered else None, fp32 if blocks else None, 7, 1),
         "weights": WeightSide(matrices, *strides, int32 if spec.indexed else None, 1, scale, 7, 7, 1),
         "groups": Groups(int32 if spec.layout == "ragged" else None, int32 if spec.layout == "padded" else None),
@@ -128,7 +108,3 @@ def _arguments(spec: GemmSpec, launch: Launch) -> dict[str, Any]:
         "activation": Constant(launch.activation),
         "cfg": Constant(cfg),
     }
-
-
-def _map(dtype: torch.dtype, box: tuple[int, ...]) -> Typed:
-    return Typed(f"tensordesc<{SPELLED[dtype]}{list(box)}>")
