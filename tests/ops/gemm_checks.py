@@ -189,6 +189,25 @@ def check(problem: Problem, name: str = "") -> torch.Tensor:
     return out
 
 
+def check_far(side: str) -> None:
+    """`check` a product whose "rows", "weights" or "out" span more than 2^31 elements, 4 GiB of memory."""
+    stride = 2**24
+    rows = 2**31 // stride + 2
+    problem = replace(plain([rows - 5, 5], 48, 64), num_rows=rows)
+    problem.rows = problem.rows._replace(values=problem.rows.values[:rows])
+    if side == "rows":
+        far = torch.empty(rows * stride, dtype=torch.float16, device=DEVICE).as_strided((rows, 64), (stride, 1))
+        problem.rows = problem.rows._replace(values=far.copy_(normal(rows, 64)))
+    if side == "weights":
+        far = torch.empty(2**31 + 48 * 64, dtype=torch.float16, device=DEVICE)
+        problem.weights = Weights(far.as_strided((2, 48, 64), (2**31, 64, 1)).copy_(problem.weights.values))
+    if side == "out":
+        out = torch.empty(rows * stride, dtype=torch.float16, device=DEVICE).as_strided((rows, 48), (stride, 1))
+        gemm.grouped_gemm(problem.rows, problem.weights, out=out)
+        assert torch.equal(out, check(problem))
+    check(problem)
+
+
 def with_epilogue(problem: Problem, activation: str, bias: bool, row_weights: bool, parameters: bool) -> Problem:
     count, n = problem.weights.values.shape[:2]
     drawn = [torch.rand(count, device=DEVICE) + 0.5 for _ in range(3)] if parameters else []

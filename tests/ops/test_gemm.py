@@ -13,7 +13,7 @@ from flashinfer.ops import gemm
 from flashinfer.ops.gemm import Activation, Epilogue, Rows, Weights
 from flashinfer.testing import poisoned
 from tests.ops.common import DEVICE, IMPLEMENTATIONS, captured, force, skip_unless_runs
-from tests.ops.gemm_checks import check, drawn_sizes, expected, normal, plain, with_epilogue
+from tests.ops.gemm_checks import check, check_far, drawn_sizes, expected, normal, plain, with_epilogue
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ON_GPU = DEVICE == "cuda"
@@ -209,22 +209,7 @@ def test_repeats_bit_for_bit(backend: str) -> None:
 @pytest.mark.parametrize("side", ["rows", "weights", "out"])
 def test_offsets_past_two_to_the_31(monkeypatch: pytest.MonkeyPatch, side: str) -> None:
     force(monkeypatch, "gemm", "triton")
-    stride = 2**24
-    rows = 2**31 // stride + 2
-    problem = plain([rows - 5, 5], 48, 64)
-    problem.num_rows = rows
-    problem.rows = problem.rows._replace(values=problem.rows.values[:rows])
-    if side == "rows":
-        far = torch.empty(rows * stride, dtype=torch.float16, device=DEVICE).as_strided((rows, 64), (stride, 1))
-        problem.rows = problem.rows._replace(values=far.copy_(normal(rows, 64)))
-    if side == "weights":
-        far = torch.empty(2**31 + 48 * 64, dtype=torch.float16, device=DEVICE)
-        problem.weights = Weights(far.as_strided((2, 48, 64), (2**31, 64, 1)).copy_(problem.weights.values))
-    if side == "out":
-        out = torch.empty(rows * stride, dtype=torch.float16, device=DEVICE).as_strided((rows, 48), (stride, 1))
-        gemm.grouped_gemm(problem.rows, problem.weights, out=out)
-        assert torch.equal(out, check(problem))
-    check(problem)
+    check_far(side)
 
 
 @pytest.mark.gpu

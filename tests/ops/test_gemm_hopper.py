@@ -20,6 +20,7 @@ from tests.ops.common import DEVICE, captured, force
 from tests.ops.gemm_checks import (
     Problem,
     check,
+    check_far,
     drawn_sizes,
     expected,
     fp8_blocks,
@@ -315,21 +316,7 @@ def test_launches_wait_for_each_other() -> None:
 
 @pytest.mark.parametrize("side", ["rows", "weights", "out"])
 def test_offsets_past_two_to_the_31(side: str) -> None:
-    stride = 2**24
-    rows = 2**31 // stride + 2
-    problem = replace(plain([rows - 5, 5], 48, 64), num_rows=rows)
-    problem.rows = problem.rows._replace(values=problem.rows.values[:rows])
-    if side == "rows":
-        far = torch.empty(rows * stride, dtype=torch.float16, device=DEVICE).as_strided((rows, 64), (stride, 1))
-        problem.rows = problem.rows._replace(values=far.copy_(normal(rows, 64)))
-    if side == "weights":
-        far = torch.empty(2**31 + 48 * 64, dtype=torch.float16, device=DEVICE)
-        problem.weights = Weights(far.as_strided((2, 48, 64), (2**31, 64, 1)).copy_(problem.weights.values))
-    if side == "out":
-        out = torch.empty(rows * stride, dtype=torch.float16, device=DEVICE).as_strided((rows, 48), (stride, 1))
-        gemm.grouped_gemm(problem.rows, problem.weights, out=out)
-        assert torch.equal(out, check(problem))
-    check(problem)
+    check_far(side)
 
 
 def test_graph_replays_with_other_group_sizes() -> None:
