@@ -122,6 +122,11 @@ def alignment(*tensors: torch.Tensor | None) -> int:
     return bits
 
 
+def pointers(*tensors: torch.Tensor | None) -> Hashable:
+    """What Triton specialises pointers for: which tensors there are, of what dtype, and which are aligned."""
+    return tuple(None if x is None else x.dtype for x in tensors), alignment(*tensors)
+
+
 @lru_cache(maxsize=4096)
 def integer_classes(integers: tuple[int, ...]) -> tuple[tuple[bool, bool, bool], ...]:
     """What Triton specialises integers for; the values themselves would make a new key for every number of tokens."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from functools import cache, lru_cache
 
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashinfer.core.arch import Arch
-from flashinfer.core.launch import Prebound, alignment, integer_classes, token
+from flashinfer.core.launch import Prebound, integer_classes, pointers, token
 from flashinfer.device.finish import Finish
 from flashinfer.device.gluon import gl
 from flashinfer.ops.gemm.gluon_sm90.configs import Launch, choose
@@ -149,14 +149,9 @@ def _key(spec: GemmSpec, launch: Launch, *records: tuple[object, ...] | None) ->
     numbers = tuple(x for x in given if isinstance(x, int))
     tensors = [x for x in given if x is None or isinstance(x, torch.Tensor)]
     present = tuple(record is not None for record in records)
-    return _token(spec, launch, numbers), present, _kinds(tensors)
+    return _token(spec, launch, numbers), present, pointers(*tensors)
 
 
 @lru_cache(maxsize=4096)
 def _token(spec: GemmSpec, launch: Launch, numbers: tuple[int, ...]) -> object:
     return token(spec, launch, integer_classes((*numbers, spec.out_cols, spec.k)))
-
-
-def _kinds(tensors: Sequence[torch.Tensor | None]) -> Hashable:
-    """Which tensors there are, of what dtype, and which are aligned."""
-    return (*(None if x is None else x.dtype for x in tensors), alignment(*tensors))

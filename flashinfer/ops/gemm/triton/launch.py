@@ -9,7 +9,7 @@ import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashinfer.core.arch import Arch
-from flashinfer.core.launch import Prebound, alignment, integer_classes, token
+from flashinfer.core.launch import Prebound, integer_classes, pointers, token
 from flashinfer.device.finish import Finish
 from flashinfer.ops.gemm.spec import FP4_BLOCK, Activation, Epilogue, Gemm, GemmSpec, Rows, Weights
 from flashinfer.ops.gemm.triton.configs import Launch, choose
@@ -46,7 +46,7 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
         )
         key = (
             _strides(spec, launch, row_side, weight_side, finish, out),
-            _kinds(groups, row_side, weight_side, finish, (out,)),
+            _pointers(groups, row_side, weight_side, finish, (out,)),
         )
         grid = (grid_of(launch, spec, arch, num_rows, num_groups), 1, 1)
         _launch(grid, key, arguments, out.device, num_warps=launch.num_warps, num_stages=launch.num_stages)
@@ -125,7 +125,6 @@ def _token(spec: GemmSpec, launch: Launch, numbers: tuple[int, ...]) -> object:
     return token(spec, launch, integer_classes((*numbers, spec.n, spec.k)))
 
 
-def _kinds(*records: tuple[object, ...]) -> tuple[object, ...]:
-    """Which tensors there are, of what dtype, and which are aligned."""
-    tensors = [x for record in records for x in record if x is None or isinstance(x, torch.Tensor)]
-    return (*(None if x is None else x.dtype for x in tensors), alignment(*tensors))
+def _pointers(*records: tuple[object, ...]) -> Hashable:
+    """`pointers` of the tensors in records."""
+    return pointers(*(x for record in records for x in record if x is None or isinstance(x, torch.Tensor)))

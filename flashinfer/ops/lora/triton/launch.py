@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashinfer.core.launch import Prebound, alignment, integer_classes
+from flashinfer.core.launch import Prebound, integer_classes, pointers
 from flashinfer.ops.lora.spec import Adapters, Expand, Pairs, Shrink
 from flashinfer.ops.lora.triton.kernel import Index, Order, expand_kernel, shrink_kernel
 
@@ -32,8 +32,7 @@ def _index(adapters: Adapters, s: int, pairs: Pairs) -> Index:
 
 
 def _key(numbers: tuple[int, ...], constants: tuple[Any, ...], *tensors: torch.Tensor | None) -> tuple[Any, ...]:
-    dtypes = tuple(None if x is None else x.dtype for x in tensors)
-    return integer_classes(numbers), constants, dtypes, alignment(*tensors)
+    return integer_classes(numbers), constants, pointers(*tensors)
 
 
 def shrink(tensors: Shrink) -> None:

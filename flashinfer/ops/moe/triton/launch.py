@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,7 +10,7 @@ import triton
 
 from flashinfer.core import tuning
 from flashinfer.core.arch import Arch
-from flashinfer.core.launch import Prebound, alignment, integer_classes, token
+from flashinfer.core.launch import Prebound, alignment, integer_classes, pointers, token
 from flashinfer.core.scratch import Scratch
 from flashinfer.device.finish import PAIRED, SINGLE, Finish
 from flashinfer.ops.gemm import CHOICE as GEMM_CHOICE
@@ -157,7 +156,7 @@ def _launch_few(call: Call, pairs: Pairs, side: Input, out: torch.Tensor, tiles:
     output = Output(_bytes(out), scale, int(scale is not None and scale.numel() > 1))
     numbers = (side.stride, side.scale_stride, *matrices[1:4], *matrices[5:], finish.bias_stride, finish.matrix_stride)
     tensors_of = (*output[:2], side.data, side.scale, matrices.data, matrices.scale, *pairs, *_tensors(finish))
-    key = (token(spec, cfg, tiles, _keyed(*numbers, output.scale_stride)), _kinds(tensors_of), alignment(*tensors_of))
+    key = (token(spec, cfg, tiles, _keyed(*numbers, output.scale_stride)), pointers(*tensors_of))
     columns = tiles.block_r // 2 if cfg.gated else tiles.block_r
     slots = slots_of(spec, num_tokens) if cfg.scan else spec.num_experts
     grid = (triton.cdiv(cfg.width, columns), slots, tiles.splits)
@@ -188,15 +187,6 @@ def _tensors(finish: Finish) -> tuple[torch.Tensor | None, ...]:
     return tuple(x for x in finish if not isinstance(x, int))
 
 
-@lru_cache(maxsize=4096)
-def _dtypes(*dtypes: torch.dtype | None) -> object:
-    return token(*dtypes)
-
-
-def _kinds(tensors: tuple[torch.Tensor | None, ...]) -> object:
-    return _dtypes(*(None if x is None else x.dtype for x in tensors))
-
-
 # ---- the sum over a token's experts
 
 
@@ -210,7 +200,7 @@ def combine(spec: MoESpec, tensors: MoE, y: torch.Tensor, rows: torch.Tensor | N
     parts = Parts(y, y.stride(0), rows, bias, 0 if bias is None else bias.stride(0))
     used = (out, y, rows, bias, routes.ids, routes.weights)
     # The stride between parts is that of all pairs: any number.
-    key = (token(cfg, _keyed(parts.split_stride, parts.bias_stride)), _kinds(used), alignment(*used))
+    key = (token(cfg, _keyed(parts.split_stride, parts.bias_stride)), pointers(*used))
     grid = (out.shape[0], triton.cdiv(spec.hidden_size, block), 1)
     arguments = (out, out.stride(0), parts, routes.ids, routes.weights, routes.first_expert, cfg)
     _combine(grid, key, arguments, out.device, num_warps=4)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import triton
 
 from flashinfer.core.arch import Arch
-from flashinfer.core.launch import Prebound, alignment, token
+from flashinfer.core.launch import Prebound, pointers, token
 from flashinfer.ops.routing.spec import Routing, RoutingSpec
 from flashinfer.ops.routing.triton.kernel import SCORES, Outputs, RoutingConfig, choose_kernel, lookup_kernel
 
@@ -43,16 +43,15 @@ def num_warps(cfg: RoutingConfig) -> int:
 
 def bind(spec: RoutingSpec, arch: Arch) -> Callable[[Routing], None]:
     """The call `(tensors)` for one kind: one launch."""
-    cfg, score = config_of(spec), SCORES[spec.score]
+    cfg, score, kind = config_of(spec), SCORES[spec.score], token(spec)
 
     def run(tensors: Routing) -> None:
         weights, ids, logits, bias, replay, tokens, table = tensors
         outputs = Outputs(
             weights, ids, replay, weights.stride(0), ids.stride(0), 0 if replay is None else replay.stride(0)
         )
-        dtypes = tuple(None if x is None else x.dtype for x in tensors)
         # Triton takes tuples' integers apart by value, so these strides are part of the key.
-        key = (token(spec, dtypes), outputs[3:], alignment(*tensors))
+        key = (kind, outputs[3:], pointers(*tensors))
         grid = (logits.shape[0], 1, 1)
         if tokens is not None and table is not None:
             strides = (logits.stride(0), table.stride(0))
