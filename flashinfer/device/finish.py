@@ -28,6 +28,22 @@ class Finish(NamedTuple):
     matrix_stride: int
 
 
+Parameters = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def finish_with(
+    bias: torch.Tensor | None,
+    row_weights: torch.Tensor | None,
+    parameters: Parameters,
+    row_factor: torch.Tensor | None,
+    matrix_factor: torch.Tensor | None,
+) -> Finish:
+    """The record of these tensors, with their strides; parameters: alpha, beta, limit."""
+    bias_stride = 0 if bias is None else bias.stride(0)
+    matrix_stride = int(matrix_factor is not None and matrix_factor.numel() > 1)
+    return Finish(bias, bias_stride, row_weights, *parameters, row_factor, matrix_factor, matrix_stride)
+
+
 @triton.jit
 def factor_of(finish, w):
     """What every sum of matrix `w` is multiplied by; 1.0 where nothing."""

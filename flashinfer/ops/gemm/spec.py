@@ -83,6 +83,11 @@ class Epilogue(NamedTuple):
     activation: Activation | None = None
     row_weights: torch.Tensor | None = None
 
+    @property
+    def parameters(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """alpha, beta and limit of the activation."""
+        return (None, None, None) if self.activation is None else self.activation[1:]
+
 
 class GemmSpec(NamedTuple):
     """One kind of product: what an implementation is chosen and configured by.

@@ -10,17 +10,16 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, integer_classes, pointers, token
-from flashinfer.device.finish import Finish
+from flashinfer.device.finish import Finish, finish_with
 from flashinfer.device.gluon import gl
 from flashinfer.ops.gemm.gluon_sm90.configs import Launch, choose
 from flashinfer.ops.gemm.gluon_sm90.epilogue import Target
 from flashinfer.ops.gemm.gluon_sm90.kernel import GemmConfig, Shape, grouped_kernel
 from flashinfer.ops.gemm.gluon_sm90.scaled import Scales
 from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
-from flashinfer.ops.gemm.spec import Activation, Gemm, GemmSpec, Rows, Weights
+from flashinfer.ops.gemm.spec import Gemm, GemmSpec, Rows, Weights
 
 Box = tuple[int, ...]
-NO_ACTIVATION = Activation("identity")
 _launch = Prebound(grouped_kernel)
 
 
@@ -127,20 +126,11 @@ def scales_of(rows: Rows, weights: Weights) -> Scales:
 
 def finish_of(spec: GemmSpec, tensors: Gemm) -> Finish | None:
     """What is done to the sums; None for nothing."""
-    bias, activation, row_weights = tensors.epilogue
+    epilogue, matrix_factor = tensors.epilogue, tensors.weights.global_scale
     row_factor = tensors.rows.scale if spec.kind == "fp8_tensor" else None
-    matrix_factor = tensors.weights.global_scale
-    if all(x is None for x in (*tensors.epilogue, row_factor, matrix_factor)):
+    if all(x is None for x in (*epilogue, row_factor, matrix_factor)):
         return None
-    return Finish(
-        bias,
-        0 if bias is None else bias.stride(0),
-        row_weights,
-        *(activation or NO_ACTIVATION)[1:],
-        row_factor,
-        matrix_factor,
-        int(matrix_factor is not None and matrix_factor.numel() > 1),
-    )
+    return finish_with(epilogue.bias, epilogue.row_weights, epilogue.parameters, row_factor, matrix_factor)
 
 
 def _key(spec: GemmSpec, launch: Launch, *records: tuple[object, ...] | None) -> Hashable:

@@ -10,14 +10,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, integer_classes, pointers, token
-from flashinfer.device.finish import Finish
-from flashinfer.ops.gemm.spec import FP4_BLOCK, Activation, Epilogue, Gemm, GemmSpec, Rows, Weights
+from flashinfer.device.finish import Finish, finish_with
+from flashinfer.ops.gemm.spec import FP4_BLOCK, Epilogue, Gemm, GemmSpec, Rows, Weights
 from flashinfer.ops.gemm.triton.configs import Launch, choose
 from flashinfer.ops.gemm.triton.kernel import GemmConfig, grouped_gemm_kernel
 from flashinfer.ops.gemm.triton.operands import RowSide, WeightSide
 from flashinfer.ops.gemm.triton.schedule import Groups
 
-NO_ACTIVATION = Activation("identity")
 _launch = Prebound(grouped_gemm_kernel)
 
 
@@ -98,18 +97,8 @@ def weight_side_of(weights: Weights) -> WeightSide:
 
 
 def finish_of(spec: GemmSpec, rows: Rows, weights: Weights, epilogue: Epilogue) -> Finish:
-    bias, activation, row_weights = epilogue
     row_factor = rows.scale if spec.kind == "fp8_tensor" else None
-    matrix_factor = weights.global_scale
-    return Finish(
-        bias,
-        0 if bias is None else bias.stride(0),
-        row_weights,
-        *(activation or NO_ACTIVATION)[1:],
-        row_factor,
-        matrix_factor,
-        int(matrix_factor is not None and matrix_factor.numel() > 1),
-    )
+    return finish_with(epilogue.bias, epilogue.row_weights, epilogue.parameters, row_factor, weights.global_scale)
 
 
 def _strides(

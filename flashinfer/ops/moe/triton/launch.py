@@ -12,7 +12,7 @@ from flashinfer.core import tuning
 from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, alignment, integer_classes, pointers, token
 from flashinfer.core.scratch import Scratch
-from flashinfer.device.finish import PAIRED, SINGLE, Finish
+from flashinfer.device.finish import PAIRED, SINGLE, Finish, finish_with
 from flashinfer.ops.gemm import CHOICE as GEMM_CHOICE
 from flashinfer.ops.gemm import MAP_BYTES, Epilogue, Gemm, Rows, Weights, grouped_gemm
 from flashinfer.ops.moe.spec import BLOCK, Experts, MoE, MoESpec
@@ -178,9 +178,7 @@ def _finish(experts: Experts, first: bool) -> Finish:
     """What is done to the sums of a product; the second one's bias is added in the sum over experts."""
     weights, bias = (experts.fc1, experts.bias1) if first else (experts.fc2, None)
     parameters = experts.activation[1:] if first else (None, None, None)
-    factor = weights.global_scale
-    bias_stride = 0 if bias is None else bias.stride(0)
-    return Finish(bias, bias_stride, None, *parameters, None, factor, int(factor is not None and factor.numel() > 1))
+    return finish_with(bias, None, parameters, None, weights.global_scale)
 
 
 def _tensors(finish: Finish) -> tuple[torch.Tensor | None, ...]:
