@@ -34,7 +34,10 @@ class Scratch:
 
 
 class Needs:
-    """How many bytes of scratch memory each kind of call takes, once one was made."""
+    """How many bytes of scratch memory each kind of call takes at the most, of those made so far.
+
+    Calls of one kind may differ in what they take: a buffer of the most is enough for all, so that all are repeated.
+    """
 
     def __init__(self) -> None:
         self._sizes: dict[Hashable, int] = {}
@@ -48,4 +51,4 @@ class Needs:
         """Keep what a call of this kind took."""
         if len(self._sizes) >= CAPACITY:
             self._sizes.clear()
-        self._sizes[kind] = size
+        self._sizes[kind] = max(size, self._sizes.get(kind, 0))

@@ -6,16 +6,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import flashinfer
-from flashinfer import activation, cascade, concat_ops, gemm, grouped_mm, norm, page, quantization, rope
+from flashinfer import activation, cascade, concat_ops, gemm, grouped_mm, norm, page, quantization, rope, sampling, topk
 from flashinfer.core import replay
+from flashinfer.core.scratch import Needs
 from flashinfer.ops.gemm import Activation, Weights
 from flashinfer.ops.moe import Experts, Routes, moe
+from flashinfer.ops.sampling import Filters, scratch_for
 from tests.ops.common import force
 
 OPS = ("norm", "activation", "rope", "page", "quantization", "merge", "gemm", "moe")
@@ -320,6 +322,53 @@ def test_a_first_call_leaves_no_trace_that_a_repetition_would_not(name: str, com
         assert [(x._version, x.requires_grad) for x in tensors] == before
         assert all(torch.equal(bits(x), content) for x, content in zip(tensors, contents, strict=True))
         assert all(x.grad_fn is None for x in [*tensors, *flat(made)])
+
+
+class Kind(NamedTuple):
+    """Calls that get their scratch memory by one name; more, less: one that takes more of it than the other."""
+
+    memory: Callable[[], torch.Tensor | None]
+    more: Callable[[torch.Tensor | None], None]
+    less: Callable[[torch.Tensor | None], None]
+
+
+def kinds_of_sampling(fresh: Fresh) -> dict[str, Kind]:
+    x, (starts, lengths, tokens) = fresh.scale(6000).view(1, -1), fresh.int32([7], [5000], [0])
+    largest, filters = (fresh.half(1, 4).float(), fresh.int32([0] * 4)[0].view(1, 4)), tuple(Filters(top_k=3))
+    random = (replay.Number(1), replay.Number(2))
+
+    def select(scratch: torch.Tensor | None, starts: torch.Tensor | None) -> None:
+        topk._select(largest, x, (starts, lengths), scratch, 4, 0, torch.int32, "triton")
+
+    def draw(scratch: torch.Tensor | None, logits: bool) -> None:
+        sampling._draw(x, (tokens, None), scratch, tuple(Filters()), random, random, None, logits)
+
+    def keep(scratch: torch.Tensor | None, logits: bool) -> None:
+        sampling._keep(torch.empty_like(x), x, filters, scratch, logits)
+
+    return {
+        "select": Kind(
+            partial(scratch_for, "select", x, 4), partial(select, starts=starts), partial(select, starts=None)
+        ),
+        "draw": Kind(partial(scratch_for, "", x, 1), partial(draw, logits=True), partial(draw, logits=False)),
+        "keep": Kind(partial(scratch_for, "keep_k", x), partial(keep, logits=False), partial(keep, logits=True)),
+    }
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for a GPU")
+@pytest.mark.parametrize("name", kinds_of_sampling(Fresh("cpu")))
+def test_a_call_that_takes_less_scratch_memory_leaves_enough_for_one_that_takes_more(
+    name: str, compiled: Compiled, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With less than it takes, a call would make tensors of its own and could not be repeated."""
+    triton = import_module("flashinfer.ops.sampling.triton")
+    monkeypatch.setattr("flashinfer.ops.sampling._impl", lambda *_: triton)
+    monkeypatch.setattr("flashinfer.ops.sampling._needs", Needs())
+    memory, more, less = kinds_of_sampling(Fresh("cpu"))[name]
+    for call in (less, less, more, more, less, more):
+        compiled.log.clear()
+        call(memory())
+    assert {kind for kind, *_ in compiled.log} == {"again"}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="stands in for several GPUs")
