@@ -34,7 +34,6 @@ from flashinfer.ops.sampling import Parameter, Seed
 
 Samples = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 
-INDEX_DTYPES = (torch.int32, torch.int64)
 FILTER_ORDERS = ("top_k_first", "joint")
 PHILOX_STEPS = 32  # random numbers a row that FlashInfer's filtered samplers set aside in the generator
 
@@ -78,7 +77,7 @@ def _check_parameter(name: str, value: Parameter, x: torch.Tensor, low: float, h
 
 def _top_k(value: int | torch.Tensor, x: torch.Tensor) -> int | torch.Tensor:
     if isinstance(value, torch.Tensor):
-        check.tensor("top_k", value, dtypes=INDEX_DTYPES)
+        check.tensor("top_k", value, dtypes=check.POSITION_DTYPES)
     elif isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(check.problem("top_k", repr(value), "an int or an int tensor", "Pass a whole number."))
     return _check_parameter("top_k", value, x, 1, torch.inf)  # type: ignore[return-value]
@@ -117,7 +116,7 @@ def _draws(x: torch.Tensor, source: _Source) -> ops.Draws:
     """Checked rows to draw from, and where the randomness comes from."""
     indices, generator, seed, offset, numbers = source
     if indices is not None:
-        check.tensor("indices", indices, dtypes=INDEX_DTYPES, shape=(None,), like=("the input", x))
+        check.tensor("indices", indices, dtypes=check.POSITION_DTYPES, shape=(None,), like=("the input", x))
         check.index_range("indices", indices, 0, x.shape[0])
         indices = indices.contiguous()
     if (seed is None) != (offset is None):
@@ -413,12 +412,12 @@ def chain_speculative_sampling(
     like = ("target_probs", target_probs)
     shape = (batch_size, length - 1, vocab_size)
     check.tensor("draft_probs", draft_probs, dtypes=check.FLOAT_DTYPES, shape=shape, like=like)
-    check.tensor("draft_token_ids", draft_token_ids, dtypes=INDEX_DTYPES, shape=shape[:2], like=like)
+    check.tensor("draft_token_ids", draft_token_ids, dtypes=check.POSITION_DTYPES, shape=shape[:2], like=like)
     check.index_range("draft_token_ids", draft_token_ids, 0, vocab_size)
     totals = (maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num)
     for name, total in zip(("accepted_token_num", "emitted_draft_token_num"), totals, strict=True):
         if total is not None:
-            check.tensor(f"maybe_output_{name}", total, dtypes=INDEX_DTYPES, shape=(batch_size,), like=like)
+            check.tensor(f"maybe_output_{name}", total, dtypes=check.POSITION_DTYPES, shape=(batch_size,), like=like)
     draws = _draws(target_probs[:, 0], _Source(None, generator, seed, offset, length))
     inputs = (draft_probs.contiguous(), draft_token_ids.contiguous(), target_probs.contiguous())
     tokens, *counts = ops.verify_chain(*inputs, draws)
@@ -447,7 +446,7 @@ def tree_speculative_sampling(
     shape, vocab_size = target_probs.shape[:2], target_probs.shape[2]
     given = {"draft_token_ids": draft_token_ids, "first_child": first_child, "next_sibling": next_sibling}
     for name, x in given.items():
-        check.tensor(name, x, dtypes=INDEX_DTYPES, shape=shape, like=("target_probs", target_probs))
+        check.tensor(name, x, dtypes=check.POSITION_DTYPES, shape=shape, like=("target_probs", target_probs))
     check.index_range("draft_token_ids", draft_token_ids[:, 1:], 0, vocab_size)
     check.index_range("first_child", first_child, -1, shape[1])
     check.index_range("next_sibling", next_sibling, -1, shape[1])

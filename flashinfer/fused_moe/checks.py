@@ -11,7 +11,6 @@ from flashinfer.core import check
 from flashinfer.ops.gemm import GATED, Activation, Weights
 from flashinfer.ops.moe import BLOCK, Experts, Routes
 
-ID_DTYPES = (torch.int32, torch.int64)
 E4M3 = torch.float8_e4m3fn
 MXFP4_BLOCK = 32
 
@@ -38,7 +37,7 @@ class Quantised(NamedTuple):
 def checked_routes(call: Call, ids: torch.Tensor, weights: torch.Tensor, ep_rank: int) -> Routes:
     """Where tokens go: `[tokens, top_k]` each."""
     like = ("input", call.x)
-    check.tensor("token_selected_experts", ids, dtypes=ID_DTYPES, shape=(call.x.shape[0], None), like=like)
+    check.tensor("token_selected_experts", ids, dtypes=check.POSITION_DTYPES, shape=(call.x.shape[0], None), like=like)
     check.tensor("token_final_scales", weights, dtypes=(torch.float32,), shape=tuple(ids.shape), like=like)
     if ids.shape[1] == 0:
         raise ValueError(check.problem("token_selected_experts", "no column", "at least one", "Choose an expert."))

@@ -10,8 +10,6 @@ import torch
 from flashinfer.core import check
 from flashinfer.ops import routing as ops
 
-ID_DTYPES = (torch.int32, torch.int64)
-
 
 class RoutingMethodType(IntEnum):
     """Ways from logits to weights, by FlashInfer's numbers."""
@@ -119,7 +117,7 @@ def _groups(num_experts: int, top_k: int, n_group: int | None, topk_group: int |
 def _outputs(weights: torch.Tensor, ids: torch.Tensor, logits: torch.Tensor, shape: tuple[int, int]) -> None:
     like = ("logits", logits)
     check.tensor("weights", weights, dtypes=check.FLOAT_DTYPES, shape=shape, like=like, inner_contiguous=True)
-    check.tensor("ids", ids, dtypes=ID_DTYPES, shape=shape, like=like, inner_contiguous=True)
+    check.tensor("ids", ids, dtypes=check.POSITION_DTYPES, shape=shape, like=like, inner_contiguous=True)
 
 
 def _replay(replay: torch.Tensor | None, logits: torch.Tensor, top_k: int) -> None:
@@ -182,7 +180,12 @@ def hash_topk(
     like = ("router_logits", router_logits)
     check.tensor("router_logits", router_logits, dtypes=check.FLOAT_DTYPES, shape=(None, None), inner_contiguous=True)
     check.tensor(
-        "input_ids", input_ids, dtypes=ID_DTYPES, shape=router_logits.shape[:1], like=like, inner_contiguous=True
+        "input_ids",
+        input_ids,
+        dtypes=check.POSITION_DTYPES,
+        shape=router_logits.shape[:1],
+        like=like,
+        inner_contiguous=True,
     )
     check.tensor("tid2eid", tid2eid, dtypes=check.INDEX_DTYPES, shape=(None, None), like=like, inner_contiguous=True)
     check.choice("num_fused_shared_experts", num_fused_shared_experts, (0, 1))

@@ -94,9 +94,10 @@ def multiply(
     names: list[str],
     expected_rows: int,
 ) -> None:
-    """`grouped_gemm` of tensors. sides: values of rows and weights; then what else they have; names: kind of weights,
+    """`grouped_gemm` of tensors.
 
-    activation ("" for none), backend.
+    sides: values of rows and of weights. rows, weights, epilogue: what else these have, in the order of their fields.
+    names: kind of the weights, activation ("" for none), backend.
     """
     kind, activation, backend = names
     indices, scale, global_scale = weights
