@@ -33,6 +33,11 @@ class Arch:
         return self.is_cpu or self.name in ("sm90", "sm100", "sm103", "sm120", "sm121")
 
     @property
+    def has_fp8(self) -> bool:
+        """Whether Triton has fp8 numbers there; the interpreter has them."""
+        return self.name not in ("sm80", "sm86")
+
+    @property
     def converts_to_fp8(self) -> bool:
         """Whether Triton rounds fp32 to fp8 in one instruction, saturating (for sm_89, 3.6 goes through fp16)."""
         return self.name.startswith("sm") and int(self.name[2:]) >= 90

@@ -24,7 +24,7 @@ def triton_supports(spec: AttentionSpec, arch: Arch) -> str | None:
         return missing
     if arch.is_cpu and torch.bfloat16 in (spec.q_dtype, spec.kv_dtype, spec.o_dtype):
         return "the Triton interpreter computes bf16 products wrongly"
-    if torch.float8_e4m3fn in (spec.q_dtype, spec.kv_dtype) and arch.name in ("sm80", "sm86"):
+    if torch.float8_e4m3fn in (spec.q_dtype, spec.kv_dtype) and not arch.has_fp8:
         return f"{arch.name} has no instruction that converts from float8_e4m3fn"
     if spec.q_dtype == torch.float32 and max(spec.head_dim_qk, spec.head_dim_vo) > 256:
         return "a float32 tile with head_dim above 256 does not fit in registers and shared memory"

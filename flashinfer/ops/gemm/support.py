@@ -9,7 +9,6 @@ from flashinfer.core.check import FP8_DTYPES
 from flashinfer.core.select import triton_missing
 from flashinfer.ops.gemm.spec import FP8_BLOCK, GemmSpec
 
-OLD_ARCHS = ("sm80", "sm86")
 # Triton releases whose code for the Hopper kernel was run.
 HOPPER_TRITON = "3.6."
 HOPPER_DTYPES = (torch.float16, torch.bfloat16)
@@ -27,7 +26,7 @@ def triton_supports(spec: GemmSpec, arch: Arch) -> str | None:
     missing = triton_missing(arch)
     if missing is not None:
         return missing
-    if spec.weight_dtype in FP8_DTYPES and arch.name in OLD_ARCHS:
+    if spec.weight_dtype in FP8_DTYPES and not arch.has_fp8:
         return f"{arch.name} has no fp8 numbers"
     if arch.is_cpu and torch.bfloat16 in (spec.row_dtype, spec.out_dtype):
         return "the Triton interpreter multiplies bf16 wrongly"

@@ -9,7 +9,6 @@ from flashinfer.core.select import triton_missing
 from flashinfer.ops.moe.spec import MoESpec
 
 MAX_EXPERTS = 1024
-OLD_ARCHS = ("sm80", "sm86")
 
 
 def torch_supports(spec: MoESpec, arch: Arch) -> str | None:
@@ -24,7 +23,7 @@ def triton_supports(spec: MoESpec, arch: Arch) -> str | None:
         return missing
     if spec.num_experts > MAX_EXPERTS:
         return f"pairs are sorted by at most {MAX_EXPERTS} experts"
-    if spec.kind in ("fp8_tensor", "fp8_block") and arch.name in OLD_ARCHS:
+    if spec.kind in ("fp8_tensor", "fp8_block") and not arch.has_fp8:
         return f"{arch.name} has no fp8 numbers"
     if arch.is_cpu and torch.bfloat16 in (spec.dtype, spec.out_dtype):
         return "the Triton interpreter multiplies bf16 wrongly"
