@@ -20,8 +20,9 @@ pytest.importorskip("triton")
 from bench import tune_gemm
 from bench.clock import Settings
 from bench.rows import gemm as rows
-from bench.tune_gemm import Trial, candidates
+from bench.tune_gemm import GLUON, TRITON, Trial, candidates
 from flashinfer.core.arch import SMEM_BYTES, Arch
+from flashinfer.ops.gemm.gluon_sm90 import configs as hopper
 from flashinfer.ops.gemm.triton import configs, launch
 from flashinfer.ops.gemm.triton.configs import HEIGHTS, HOPPER, OTHERS, Tile
 from flashinfer.ops.gemm.triton.gate import BASE, BLOCK
@@ -81,6 +82,40 @@ def test_candidates_begin_with_the_default_and_do_not_repeat(key: tuple[str, boo
     assert found[0] == HOPPER[key[0], key[2]] and len(found) == len(set(found)) > 5
 
 
+HOPPER_KEYS = list(GLUON.keys(("half", "fp8"), hopper.HEIGHTS, (False, True)))
+
+
+@pytest.mark.parametrize("key", HOPPER_KEYS)
+def test_what_is_measured_for_hopper_is_what_the_rules_ask_for(key: tuple[int, int, bool, bool]) -> None:
+    """Every problem of a key is one that its entry will be chosen for, and the rules' tile is the first candidate."""
+    bits, height, gated, few = key
+    found = list(GLUON.candidates(key))
+    assert found[0] == hopper.TILES[hopper.RULES[height, bits][few], bits] and len(found) == len(set(found)) > 5
+    assert len({GLUON.label(tile) for tile in found}) == len(found)
+    for shape in GLUON.problems(key):
+        base = BASE if bits == 16 else BLOCK
+        spec = base._replace(n=shape.n, k=shape.k, activation="swiglu" if gated else "")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(hopper, "tuned", lambda: {key: hopper.Tile(64, 128, 3)})
+            hopper._configured.cache_clear()
+            assert hopper.choose(spec, H200, shape.total, shape.groups, False).kernel.stages == 3, shape
+    hopper._configured.cache_clear()
+
+
+def test_each_backend_has_keys_for_all_its_operands() -> None:
+    assert len(HOPPER_KEYS) == 2 * 5 * 2 * 2 and len({key[0] for key in HOPPER_KEYS}) == 2
+    assert list(TRITON.keys(("half", "fp8", "fp4"), hopper.HEIGHTS, (False, True))) == KEYS
+
+
+def test_hoppers_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key, tile = (8, 64, False, True), hopper.Tile(64, 64, 8, consumers=1, split_rows=True, early=False)
+    best = tune_gemm.entry(GLUON, key, [Trial(key, "a", tile, 3.0)])
+    assert best is not None
+    tune_gemm.write(GLUON, tmp_path / "tuned" / "gluon_sm90.json", [best], ENVIRONMENT)
+    monkeypatch.setattr(hopper, "files", lambda package: tmp_path)
+    assert hopper.tuned.__wrapped__() == {key: tile}
+
+
 # ---- the file
 
 
@@ -92,19 +127,21 @@ def test_the_fastest_over_all_problems_wins_and_a_failure_cannot() -> None:
     steady, uneven, broken = list(candidates(("half", False, 64)))[:3]
     trials = [trial(steady, 10.0), trial(steady, 10.0, "b"), trial(uneven, 16.0), trial(uneven, 6.0, "b")]
     trials += [trial(broken, 90.0), trial(broken, None, "b")]
-    found = tune_gemm.entry(("half", False, 64), trials)
+    found = tune_gemm.entry(TRITON, ("half", False, 64), trials)
     assert found is not None and found["tile"] == steady._asdict()
     assert found["tflop_per_s"]["b"][tune_gemm.label(broken)] == "it broke"
-    assert tune_gemm.entry(("half", False, 64), trials[4:]) is None
+    assert tune_gemm.entry(TRITON, ("half", False, 64), trials[4:]) is None
 
 
 def test_what_is_written_is_what_is_read_and_old_entries_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "tuned" / "sm90.json"
-    other = tune_gemm.entry(("fp8", True, 16), [replace(trial(Tile(1, 1, 1, 1, 1), 1.0), key=("fp8", True, 16))])
-    first = tune_gemm.entry(("half", False, 64), [trial(Tile(2, 2, 2, 2, 2), 1.0)])
-    second = tune_gemm.entry(("half", False, 64), [trial(Tile(64, 64, 64, 4, 3, 2, True, 4), 1.0)])
+    other = tune_gemm.entry(
+        TRITON, ("fp8", True, 16), [replace(trial(Tile(1, 1, 1, 1, 1), 1.0), key=("fp8", True, 16))]
+    )
+    first = tune_gemm.entry(TRITON, ("half", False, 64), [trial(Tile(2, 2, 2, 2, 2), 1.0)])
+    second = tune_gemm.entry(TRITON, ("half", False, 64), [trial(Tile(64, 64, 64, 4, 3, 2, True, 4), 1.0)])
     for entries in ([other, first], [second]):
-        tune_gemm.write(path, entries, {**ENVIRONMENT, "host": "not of interest"})
+        tune_gemm.write(TRITON, path, entries, {**ENVIRONMENT, "host": "not of interest"})
     monkeypatch.setattr(configs, "files", lambda package: tmp_path)
     read = configs.tuned.__wrapped__("sm90")
     assert read == {("fp8", True, 16): Tile(1, 1, 1, 1, 1), ("half", False, 64): Tile(64, 64, 64, 4, 3, 2, True, 4)}
@@ -144,8 +181,8 @@ def test_every_candidate_is_judged_then_timed(monkeypatch: pytest.MonkeyPatch, k
         return replace(made, run=run)
 
     monkeypatch.setattr(tune_gemm, "call_op", call)
-    monkeypatch.setattr(tune_gemm, "candidates", lambda key: iter(tiles))
-    trials = tune_gemm.measure(key, shape, Settings(torch.device("cpu"), 0.0, 1.0), 0)
+    kernel = replace(TRITON, candidates=lambda key: iter(tiles))
+    trials = tune_gemm.measure(kernel, key, shape, Settings(torch.device("cpu"), 0.0, 1.0), 0)
     reasons = {t.tile: t.reason or "" for t in trials}
     assert set(reasons) == set(tiles)
     assert {t.tile for t in trials if t.tflop_per_s is None} == {broken, wrong}
