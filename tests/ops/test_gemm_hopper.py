@@ -240,13 +240,13 @@ def test_not_a_number_stays_in_its_row(every_tile: Each) -> None:
         check(problem, name)
 
 
-RANDOM = [("half", tile) for tile in ("128x256", "128x128", "64x256", "64x128x2", "swap64", "swap32", "swap16")]
-RANDOM += [("fp8", tile) for tile in ("128x256", "128x128", "128x64", "64x128", "64x64")]
+RANDOM = [("half", tile) for tile in ("128x256", "64x256", "64x128x2", "swap32", "swap16")]
+RANDOM += [("fp8", tile) for tile in ("128x256", "128x64", "64x128", "64x64")]
 
 
 @pytest.mark.parametrize(("kind", "name"), RANDOM)
 def test_random_splits(kind: str, name: str, rng: random.Random) -> None:
-    """250 splits of each of 12 kernels, one launch after another without a wait, then each judged."""
+    """250 splits of each kernel, one launch after another without a wait, then each judged."""
     groups, total, n, k = rng.choice([3, 17, 60]), 2000, 264 if kind == "half" else 256, 128
     base = (plain if kind == "half" else fp8_blocks)([total // groups] * groups, n, k)
     values = base.rows.values

@@ -246,5 +246,5 @@ def test_tiles_come_once_in_bands(rng: random.Random) -> None:
 
 def test_every_activation_is_known() -> None:
     for name in gemm.ACTIVATIONS:
-        config = configs.configured(gate.BASE._replace(activation=name), configs.TILES["64x128", 16], 32, True)
+        config = configs.configured(gate.BASE._replace(activation=name), configs.TILES["64x256", 16], 32, True)
         assert config.gated == (name in gemm.GATED) and (config.activation is None) == (name == "identity")

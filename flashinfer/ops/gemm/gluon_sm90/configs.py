@@ -39,7 +39,7 @@ class Tile(NamedTuple):
     """What measuring decides; fields as in `GemmConfig`. per_sm: resident programs of a multiprocessor.
 
     lag: where K is long. early: programs may be set up while the launch before still runs (programmatic dependent
-    launch).
+    launch). turns, deferred, prefetch, copied: of fp8.
     """
 
     block_m: int
@@ -52,6 +52,10 @@ class Tile(NamedTuple):
     band: int = 8
     lag: int = 0
     early: bool = True
+    turns: int = 0
+    deferred: bool = False
+    prefetch: bool = False
+    copied: bool = False
 
 
 class Workload(NamedTuple):
@@ -77,16 +81,11 @@ class Launch:
 TILES = {
     ("128x256", 16): Tile(128, 256, 4, split_rows=True),
     ("128x256lag", 16): Tile(128, 256, 4, split_rows=True, lag=2),
-    ("128x128", 16): Tile(128, 128, 6, split_rows=True),
     ("64x256", 16): Tile(64, 256, 4),
-    ("64x128", 16): Tile(64, 128, 8),
     ("64x128x2", 16): Tile(64, 128, 4, per_sm=2),
-    ("swap64", 16): Tile(64, 128, 8, weights_first=True),
-    ("swap64x2", 16): Tile(64, 128, 4, weights_first=True, per_sm=2),
     ("swap32", 16): Tile(32, 128, 8, weights_first=True),
     ("swap16", 16): Tile(16, 128, 8, weights_first=True),
     ("128x256", 8): Tile(128, 256, 4, split_rows=True),
-    ("128x128", 8): Tile(128, 128, 6, split_rows=True),
     ("128x64", 8): Tile(128, 64, 8, split_rows=True),
     ("64x256", 8): Tile(64, 256, 4),
     ("64x128", 8): Tile(64, 128, 8),
@@ -189,4 +188,8 @@ def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmC
         gate_block=gate_block if spec.gated else 0,
         finishes=finishes,
         activation=PAIRED[spec.activation] if spec.gated else SINGLE[spec.activation],
+        turns=tile.turns if tile.consumers == 2 and bits == FP8_BITS else 0,
+        deferred=tile.deferred or tile.copied,
+        prefetch=tile.prefetch and spec.scale_rows > 0,
+        copied=tile.copied and spec.scale_rows > 0,
     )

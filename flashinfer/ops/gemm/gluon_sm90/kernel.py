@@ -24,6 +24,7 @@ from flashinfer.device.gluon import (
 )
 from flashinfer.ops.gemm.gluon_sm90.plain import CONSUMER_WARPS, plain_consumer
 from flashinfer.ops.gemm.gluon_sm90.scaled import scaled_consumer
+from flashinfer.ops.gemm.gluon_sm90.scales import bring_row_scales, bring_weight_scales, copy_scales, scale_tiles
 from flashinfer.ops.gemm.gluon_sm90.schedule import Counts, nth_tile, rounds, weights_of
 
 PRODUCER_WARPS = gl.constexpr(1)
@@ -52,7 +53,9 @@ class GemmConfig:
     are more than that. bits: of an operand's element. lag: tiles of K by which the second warpgroup begins later, fewer
     than K has and than stages. n_major: weights are [W, K, N]. scale_rows: rows that share a scale, 0 without block
     scales. gate_block: of pairs, the columns of up that stand in shared memory before those of their gates. finishes:
-    whether anything is done to the sums. activation: a jitted function or None.
+    whether anything is done to the sums. activation: a jitted function or None. Of fp8,
+    turns: warpgroups multiply in turn, a turn ends when a product was issued (1) or is done (2). Of scales, deferred:
+    multiplied when wanted, else when they come; prefetch: the producer asks for them; copied: it copies them.
     """
 
     block_m: int
@@ -73,6 +76,10 @@ class GemmConfig:
     gate_block: int
     finishes: bool
     activation: Any
+    turns: int
+    deferred: bool
+    prefetch: bool
+    copied: bool
 
     @property
     def scaled(self) -> bool:
@@ -128,16 +135,19 @@ def _load_weights(w_desc, weights, n, which, column, k, cfg: gl.constexpr):
 
 
 @jit
-def producer(descs, rings, groups, counts, cfg: gl.constexpr):
+def producer(descs, rings, groups, counts, scales, cfg: gl.constexpr):
     """One warp: the rows and weights of every tile, by TMA."""
     x_desc, w_desc = descs
-    rows, weights = rings
+    rows, weights = rings[0], rings[1]
     steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
     done = 0
     for t in range(0, rounds(groups, counts, PRODUCER_WARPS, cfg)):
         tile = nth_tile(groups, counts, t, PRODUCER_WARPS, cfg)
         group, row, column_tile = tile[0], tile[1], tile[3]
         which = weights_of(groups, group)
+        of_rows = row
+        if cfg.prefetch:
+            bring_weight_scales(scales, which, column_tile * cfg.out_columns, counts, cfg)
         # Without weights the product is 0 of zeros: NaN in the rows must not come through.
         row = gl.where(which < 0, NOWHERE, row)
         for k in range(0, steps):
@@ -146,6 +156,12 @@ def producer(descs, rings, groups, counts, cfg: gl.constexpr):
             rows.expect(n, weights.BYTES)
             _load_weights(w_desc, weights, n, which, column_tile * cfg.out_columns, k * cfg.block_k, cfg)
             tma_load(x_desc, [row, k * cfg.block_k], rows.landing(n), rows.box(n, 0))
+            if cfg.copied:
+                place = (which, of_rows, column_tile * cfg.out_columns)
+                copy_scales(rings[2], rows.stage(n), scales, place, k, counts, cfg)
+                rows.deliver(n)
+            if cfg.prefetch:
+                bring_row_scales(scales, of_rows, k, counts, cfg)
         done += steps
     rows.drain(done)
 
@@ -172,7 +188,7 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
     STAGES: gl.constexpr = cfg.stages
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(full.index(i), count=1 + 32 * PRODUCER_WARPS if cfg.copied else 1)
     x = gl.allocate_shared_memory(x_type, [STAGES, cfg.block_m, cfg.block_k], SHARED)
     x_parts = x
     if cfg.split_rows:
@@ -187,7 +203,10 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
         w_parts = reinterpret(w_boxes, x_type, [WEIGHT_PARTS, cfg.part_columns, cfg.block_k], SHARED)
     rows = Ring(x_parts, x, full, STAGES, FIRST_BARRIER, cfg.consumers, 32 * PRODUCER_WARPS, False)
     weights = Ring(w_parts, w_boxes, full, STAGES, FIRST_BARRIER, cfg.consumers, 32 * PRODUCER_WARPS, False)
-    return rows, weights
+    if cfg.copied:
+        return rows, weights, scale_tiles(cfg)
+    else:
+        return rows, weights
 
 
 @jit(do_not_specialize=["num_rows", "num_groups"])
@@ -213,7 +232,7 @@ def grouped_kernel(x_desc, w_desc, o_desc, target, finish, groups, num_rows, num
             [
                 (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 0, cfg)),
                 (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 1, cfg)),
-                (producer, (descs, rings, groups, counts, cfg)),
+                (producer, (descs, rings, groups, counts, scales, cfg)),
             ],
             [CONSUMER_WARPS, PRODUCER_WARPS],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -222,7 +241,7 @@ def grouped_kernel(x_desc, w_desc, o_desc, target, finish, groups, num_rows, num
         gl.warp_specialize(
             [
                 (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 0, cfg)),
-                (producer, (descs, rings, groups, counts, cfg)),
+                (producer, (descs, rings, groups, counts, scales, cfg)),
             ],
             [PRODUCER_WARPS],
             [PRODUCER_REGISTERS],

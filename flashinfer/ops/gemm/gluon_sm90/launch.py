@@ -15,7 +15,7 @@ from flashinfer.device.gluon import gl
 from flashinfer.ops.gemm.gluon_sm90.configs import Launch, choose
 from flashinfer.ops.gemm.gluon_sm90.epilogue import Target
 from flashinfer.ops.gemm.gluon_sm90.kernel import GemmConfig, Shape, grouped_kernel
-from flashinfer.ops.gemm.gluon_sm90.scaled import Scales
+from flashinfer.ops.gemm.gluon_sm90.scales import Scales
 from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
 from flashinfer.ops.gemm.spec import Gemm, GemmSpec, Rows, Weights
 

@@ -13,7 +13,7 @@ CONSUMER_WARPS = gl.constexpr(4)
 @jit
 def product(rings, n, acc, CID: gl.constexpr, FIRST: gl.constexpr, cfg: gl.constexpr):
     """Issue the product of tile n of the rings into `acc`."""
-    rows, weights = rings
+    rows, weights = rings[0], rings[1]
     x = rows.part(n, CID if cfg.split_rows else 0)
     w = weights.part(n, 0 if cfg.split_rows else CID)
     if cfg.weights_first:

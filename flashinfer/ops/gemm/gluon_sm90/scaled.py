@@ -6,32 +6,31 @@ change every 128 elements of K in any case.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-import torch
-
+from flashinfer.device.channels import FIRST_BARRIER, Turns
 from flashinfer.device.gluon import gl, jit, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, finished, put
-from flashinfer.ops.gemm.gluon_sm90.plain import CONSUMER_WARPS, skip
-from flashinfer.ops.gemm.gluon_sm90.schedule import nth_tile, rounds, weights_of
-
-# Rows of a weight matrix that share a scale.
-SCALE_COLUMNS = gl.constexpr(128)
+from flashinfer.ops.gemm.gluon_sm90.plain import CONSUMER_WARPS
+from flashinfer.ops.gemm.gluon_sm90.scales import factor_of_part, factors_at, factors_here, sources_of
+from flashinfer.ops.gemm.gluon_sm90.schedule import nth_tile, rounds
 
 
-class Scales(NamedTuple):
-    """fp32: of rows `[rows, K / 128]` and of weights `[W, N / 128, K / 128]`, with any strides.
+@jit
+def turns_of(CID: gl.constexpr, cfg: gl.constexpr):
+    """The order in which warpgroups multiply."""
+    return Turns(FIRST_BARRIER + cfg.stages, CID, cfg.consumers)
 
-    A step is the stride between blocks of K.
-    """
 
-    rows: torch.Tensor
-    row_stride: int
-    row_step: int
-    weights: torch.Tensor
-    which_stride: int
-    column_stride: int
-    weight_step: int
+@jit
+def take_turn(turns, cfg: gl.constexpr):
+    if cfg.turns > 0:
+        turns.take()
+
+
+@jit
+def give_turn(turns, WHEN: gl.constexpr, cfg: gl.constexpr):
+    """WHEN: 1 after a product was issued, 2 after it is done."""
+    if cfg.turns == WHEN and cfg.turns > 0:
+        turns.give()
 
 
 @jit
@@ -41,80 +40,70 @@ def _product(x, weights, n, PART: gl.constexpr, zero):
 
 
 @jit
-def _sources(scales, groups, place, counts, LAYOUT: gl.constexpr, cfg: gl.constexpr):
-    """Where the scales of a warpgroup's share of a tile lie: (of its rows, which of these exist, of each part)."""
-    group, row, left, column = place
-    PARTS: gl.constexpr = cfg.subtiles
-    which = weights_of(groups, group)
-    offs_m = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT))
-    # Weights that are not there have no scales either.
-    mask = (offs_m < left) & (which >= 0)
-    of_rows = scales.rows + ((row + offs_m) // cfg.scale_rows).to(gl.int64) * scales.row_stride
-    matrix = scales.weights + gl.maximum(which, 0).to(gl.int64) * scales.which_stride
-    columns = counts.columns * (2 if cfg.gated else 1)
-    last = (columns - 1) // SCALE_COLUMNS
-    of_parts = ()
-    for i in gl.static_range(PARTS):
-        if cfg.gated:
-            begin = column + i * counts.columns
-        else:
-            begin = column + i * cfg.part_columns
-        of_parts = of_parts + (matrix + gl.minimum(begin // SCALE_COLUMNS, last) * scales.column_stride,)
-    return of_rows, mask, of_parts
-
-
-@jit
-def _factors(scales, sources, k, cfg: gl.constexpr):
-    """Of block k of K: the scale of each row, times that of the weights of each part."""
-    of_rows, mask, of_parts = sources
-    PARTS: gl.constexpr = cfg.subtiles
-    x = gl.load(of_rows + k * scales.row_step, mask=mask, other=0.0)
-    factors = ()
-    for i in gl.static_range(PARTS):
-        factors = factors + (x * gl.load(of_parts[i] + k * scales.weight_step),)
-    return factors
-
-
-@jit
 def _share(rings, scales, groups, counts, done, end, place, CID: gl.constexpr, cfg: gl.constexpr):
     """Sums `[64, part_columns]` of each part of a warpgroup's share of a tile."""
-    rows, weights = rings
+    rows, weights = rings[0], rings[1]
+    turns = turns_of(CID, cfg)
     LAYOUT: gl.constexpr = accumulator_layout(cfg.part_columns, cfg.bits)
     PARTS: gl.constexpr = cfg.subtiles
     FIRST: gl.constexpr = 0 if cfg.split_rows else CID * PARTS
+    ASIDE: gl.constexpr = cfg.scale_rows > 0 and not cfg.copied
     last = (counts.depth + cfg.block_k - 1) // cfg.block_k - 1
     sums = ()
     factors = ()
     for _ in gl.static_range(PARTS):
         sums = sums + (gl.full([64, cfg.part_columns], 0.0, gl.float32, LAYOUT),)
-    if cfg.scale_rows > 0:
-        sources = _sources(scales, groups, place, counts, LAYOUT, cfg)
-        factors = _factors(scales, sources, 0, cfg)
+    if ASIDE:
+        sources = sources_of(scales, groups, place, counts, LAYOUT, cfg)
+        factors = factors_at(scales, sources, 0, cfg)
     zero = gl.full([64, cfg.part_columns], 0.0, gl.float32, LAYOUT)
     for n in range(done, end):
         rows.wait(n)
         x = rows.part(n, CID if cfg.split_rows else 0)
+        now = factors
+        if cfg.copied:
+            now = factors_here(rings[2], rows.stage(n), cfg.row_share * CID, FIRST, LAYOUT, cfg)
         newer = ()
         for i in gl.static_range(PARTS - 1):
+            take_turn(turns, cfg)
             value = _product(x, weights, n, FIRST + i, zero)
+            give_turn(turns, 1, cfg)
             value = warpgroup_mma_wait(0, deps=[value])
+            give_turn(turns, 2, cfg)
             if cfg.scale_rows > 0:
-                value = value * factors[i][:, None]
+                value = value * factor_of_part(now, i, cfg)[:, None]
             newer = newer + (sums[i] + value,)
             # Passes at once. Its loop ends a basic block, which keeps the compiler from computing two parts' sums at
             # once: their registers would spill.
             rows.wait(n)
+        take_turn(turns, cfg)
         value = _product(x, weights, n, FIRST + PARTS - 1, zero)
+        give_turn(turns, 1, cfg)
         if cfg.scale_rows > 0:
+            factor = factor_of_part(now, PARTS - 1, cfg)
+        if ASIDE:
             # The next scales come beside the last product.
-            factor = factors[PARTS - 1]
-            factors = _factors(scales, sources, gl.minimum(n + 1 - done, last), cfg)
+            factors = factors_at(scales, sources, gl.minimum(n + 1 - done, last), cfg)
         value = warpgroup_mma_wait(0, deps=[value])
+        give_turn(turns, 2, cfg)
         rows.release(n)
         if cfg.scale_rows > 0:
             value = value * factor[:, None]
         sums = newer + (sums[PARTS - 1] + value,)
     return sums
+
+
+@jit
+def _pass(rows, begin, end, CID: gl.constexpr, cfg: gl.constexpr):
+    """Tiles of which this warpgroup needs nothing: hand the stages back, and the turns on."""
+    PARTS: gl.constexpr = cfg.subtiles
+    turns = turns_of(CID, cfg)
+    for n in range(begin, end):
+        rows.wait(n)
+        for _ in gl.static_range(PARTS):
+            take_turn(turns, cfg)
+            give_turn(turns, cfg.turns, cfg)
+        rows.release(n)
 
 
 @jit
@@ -140,6 +129,9 @@ def scaled_consumer(o_desc, rings, staging, target, finish, groups, counts, scal
     COLUMN: gl.constexpr = cfg.column_share * CID
     steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
     done = 0
+    turns = turns_of(CID, cfg)
+    if cfg.turns > 0:
+        turns.begin()
     for t in range(0, rounds(groups, counts, CONSUMER_WARPS, cfg)):
         group, first, rest, column_tile = nth_tile(groups, counts, t, CONSUMER_WARPS, cfg)
         place = (group, first + ROW, rest - ROW, column_tile * cfg.out_columns + COLUMN)
@@ -149,8 +141,10 @@ def scaled_consumer(o_desc, rings, staging, target, finish, groups, counts, scal
             end = gl.where(rest > ROW, end, done)
         sums = _share(rings, scales, groups, counts, done, end, place, CID, cfg)
         if ROW > 0:
-            skip(rows, end, done + steps)
+            _pass(rows, end, done + steps, CID, cfg)
         if rest > ROW:
             _write_sums(sums, staging, o_desc, target, finish, groups, place, counts, cfg)
         done += steps
+    if cfg.turns > 0:
+        turns.end()
     tma_store_wait(0)
