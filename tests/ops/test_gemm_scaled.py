@@ -121,3 +121,17 @@ def test_every_tile(monkeypatch: pytest.MonkeyPatch, kind: str, block_m: int, sw
     with configs.imposed(configs.Tile(block_m, 64, 128, 4, 2, 1, swap, band=1)):
         check(problem)
         check(with_epilogue(problem, "geglu", True, False, False))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PTX decodes two numbers at a time")
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+def test_fp4_two_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    force(monkeypatch, "gemm", "triton")
+    problem = fp4(kind, [1, 0, 70], 176, 192, torch.bfloat16)
+    if kind == "mxfp4":
+        problem.weights.scale[0, :, 0] = torch.arange(176, device=DEVICE).to(torch.uint8)
+    results = []
+    for pairs in (False, True):
+        with configs.imposed(configs.Tile(16, 64, 64, 4, 3, 2, True, pairs=pairs)):
+            results.append(check(problem))
+    assert torch.equal(*(x[:71].view(torch.int16) for x in results))

@@ -11,6 +11,8 @@ from functools import cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
+import torch
+
 from flashinfer.core import replay
 from flashinfer.core.arch import Arch
 from flashinfer.device.finish import PAIRED, SINGLE
@@ -25,7 +27,7 @@ SLACK = 1024
 
 
 class Tile(NamedTuple):
-    """What measuring decides. swap, band: see `GemmConfig`; stages: at most; per_sm: resident programs."""
+    """What measuring decides. swap, band, pairs: see `GemmConfig`; stages: at most; per_sm: resident programs."""
 
     block_m: int
     block_n: int
@@ -35,6 +37,7 @@ class Tile(NamedTuple):
     per_sm: int = 1
     swap: bool = False
     band: int = 8
+    pairs: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,6 +164,7 @@ def _configured(
         scale_cols=spec.scale_cols,
         one_scale=one_scale,
         gated=spec.gated,
+        pairs=tile.pairs and arch.is_nvidia and spec.row_dtype == torch.bfloat16,
     )
     activation = PAIRED[spec.activation] if spec.gated else SINGLE[spec.activation]
     return Launch(kernel, activation, tile.num_warps, _stages(tile, spec, arch), tile.per_sm)
@@ -197,6 +201,4 @@ def _stages(tile: Tile, spec: GemmSpec, arch: Arch) -> int:
     rows = tile.block_m * tile.block_k * spec.row_dtype.itemsize
     columns = matrices * tile.block_n * tile.block_k * spec.weight_dtype.itemsize // packed
     budget = max(arch.smem_bytes, 49_152) // tile.per_sm - tile.block_m * tile.block_n * spec.out_dtype.itemsize - SLACK
-    if packed == 2:
-        budget -= 2 * tile.block_n * tile.block_k * matrices  # decoded, for an instruction that takes it from there
     return max(2, min(tile.stages, budget // (rows + columns)))

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from flashinfer.device.decode import decode_e2m1, decode_fp8, decode_ue8m0
+from flashinfer.device.decode import decode_e2m1, decode_e2m1_pairs, decode_fp8, decode_ue8m0
 
 
 class RowSide(NamedTuple):
@@ -81,11 +81,14 @@ def load_fp4(w_desc, weights, w, col, k, num_cols, depth, dtype: tl.constexpr, c
     mask = (offs_n < num_cols)[:, None] & (offs_s < depth // cfg.scale_block)[None, :]
     code = tl.load(at, mask=mask, other=0)
     factor = decode_ue8m0(code) if cfg.kind == "mxfp4" else decode_fp8(code, 3)
-    factor = tl.broadcast_to(factor[:, :, None], (cfg.block_n, BLOCKS, cfg.scale_block // 2))
-    factor = factor.reshape(cfg.block_n, BYTES)
-    low = (decode_e2m1(packed & 15) * factor).to(dtype)
-    high = (decode_e2m1(packed >> 4) * factor).to(dtype)
-    return tl.join(low, high).reshape(cfg.block_n, cfg.block_k)
+    if cfg.pairs:
+        return decode_e2m1_pairs(packed, factor)
+    else:
+        factor = tl.broadcast_to(factor[:, :, None], (cfg.block_n, BLOCKS, cfg.scale_block // 2))
+        factor = factor.reshape(cfg.block_n, BYTES)
+        low = (decode_e2m1(packed & 15) * factor).to(dtype)
+        high = (decode_e2m1(packed >> 4) * factor).to(dtype)
+        return tl.join(low, high).reshape(cfg.block_n, cfg.block_k)
 
 
 @triton.jit
