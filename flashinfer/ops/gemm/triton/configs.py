@@ -201,4 +201,7 @@ def _stages(tile: Tile, spec: GemmSpec, arch: Arch) -> int:
     rows = tile.block_m * tile.block_k * spec.row_dtype.itemsize
     columns = matrices * tile.block_n * tile.block_k * spec.weight_dtype.itemsize // packed
     budget = max(arch.smem_bytes, 49_152) // tile.per_sm - tile.block_m * tile.block_n * spec.out_dtype.itemsize - SLACK
+    if packed == 2 and not tile.swap:
+        # Decoded, for an instruction that takes its right operand from there; the left one it takes from registers.
+        budget -= 2 * tile.block_n * tile.block_k * matrices
     return max(2, min(tile.stages, budget // (rows + columns)))
