@@ -123,15 +123,14 @@ def test_every_tile(monkeypatch: pytest.MonkeyPatch, kind: str, block_m: int, sw
         check(with_epilogue(problem, "geglu", True, False, False))
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="PTX decodes two numbers at a time")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PTX decodes two numbers at a time, for bf16")
 @pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
-def test_fp4_two_at_a_time_is_the_same(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+@pytest.mark.parametrize("rows", [3, 20, 60, 130])
+def test_fp4_of_bf16(monkeypatch: pytest.MonkeyPatch, kind: str, rows: int) -> None:
+    """mxfp4: scales from the smallest, which is subnormal, to one under which sums stay finite."""
     force(monkeypatch, "gemm", "triton")
-    problem = fp4(kind, [1, 0, 70], 176, 192, torch.bfloat16)
+    problem = fp4(kind, [1, 0, rows], 176, 192, torch.bfloat16)
     if kind == "mxfp4":
         problem.weights.scale[0, :, 0] = torch.arange(176, device=DEVICE).to(torch.uint8)
-    results = []
-    for pairs in (False, True):
-        with configs.imposed(configs.Tile(16, 64, 64, 4, 3, 2, True, pairs=pairs)):
-            results.append(check(problem))
-    assert torch.equal(*(x[:71].view(torch.int16) for x in results))
+    check(problem)
+    check(with_epilogue(problem, "geglu", True, False, False))

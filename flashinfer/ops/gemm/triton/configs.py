@@ -27,7 +27,7 @@ SLACK = 1024
 
 
 class Tile(NamedTuple):
-    """What measuring decides. swap, band, pairs: see `GemmConfig`; stages: at most; per_sm: resident programs."""
+    """What measuring decides. swap, band: see `GemmConfig`; stages: at most; per_sm: resident programs."""
 
     block_m: int
     block_n: int
@@ -37,7 +37,6 @@ class Tile(NamedTuple):
     per_sm: int = 1
     swap: bool = False
     band: int = 8
-    pairs: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +53,9 @@ class Launch:
     per_sm: int
 
 
-# Until `bench.tune_gemm` has measured: rates of a prototype on an H200 (November 2026) for what has tensor maps, and
-# what fits registers elsewhere. By (operands, height of the tile).
+# Until `bench.tune_gemm` has measured: rates on an H200 (a prototype's, November 2026; of fp4 at heights 16 and 128,
+# bench/results/trial-fp8-scales.txt) for what has tensor maps, and what fits registers elsewhere. By (operands, height
+# of the tile).
 HOPPER = {
     ("half", 16): Tile(16, 128, 64, 4, 6, 2, True),
     ("half", 32): Tile(32, 128, 64, 4, 6, 2, True),
@@ -65,10 +65,10 @@ HOPPER = {
     ("fp8", 32): Tile(32, 128, 128, 4, 6, 2, True),
     ("fp8", 64): Tile(64, 128, 128, 4, 4, 2),
     ("fp8", 128): Tile(128, 128, 128, 8, 4),
-    ("fp4", 16): Tile(16, 128, 128, 4, 4, 2, True),
-    ("fp4", 32): Tile(32, 128, 128, 4, 4, 2, True),
+    ("fp4", 16): Tile(16, 64, 128, 4, 4, 4, True),
+    ("fp4", 32): Tile(32, 64, 128, 4, 4, 4, True),
     ("fp4", 64): Tile(64, 128, 64, 8, 4, 1, True),
-    ("fp4", 128): Tile(128, 128, 64, 8, 4, 1, True),
+    ("fp4", 128): Tile(128, 128, 128, 8, 3, 1, True),
 }
 OTHERS = {
     ("half", 16): Tile(16, 128, 64, 4, 4, 2),
@@ -164,7 +164,7 @@ def _configured(
         scale_cols=spec.scale_cols,
         one_scale=one_scale,
         gated=spec.gated,
-        pairs=tile.pairs and arch.is_nvidia and spec.row_dtype == torch.bfloat16,
+        fp4_pairs=packed == 2 and arch.is_nvidia and spec.row_dtype == torch.bfloat16,
     )
     activation = PAIRED[spec.activation] if spec.gated else SINGLE[spec.activation]
     return Launch(kernel, activation, tile.num_warps, _stages(tile, spec, arch), tile.per_sm)

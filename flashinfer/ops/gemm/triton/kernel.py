@@ -21,7 +21,7 @@ class GemmConfig:
     swap: the weights are the left operand, so that few rows are the narrow side of an instruction. row_map, weight_map,
     out_map: read or written by tensor map. transposed: see `GemmSpec`. packed: columns of a byte, else 1.
     scale_block: columns of a scale. scale_rows, scale_cols: see `GemmSpec`. one_scale: of a weight tile.
-    gated: the activation takes pairs. pairs: fp4 is decoded two numbers at a time, to bf16.
+    gated: the activation takes pairs. fp4_pairs: fp4 is decoded two numbers at a time, to bf16.
     """
 
     kind: str
@@ -43,7 +43,7 @@ class GemmConfig:
     scale_cols: int
     one_scale: bool
     gated: bool
-    pairs: bool
+    fp4_pairs: bool
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def load_fp4(w_desc, weights, w, col, k, num_cols, depth, dtype: tl.constexpr, c
     mask = (offs_n < num_cols)[:, None] & (offs_s < depth // cfg.scale_block)[None, :]
     code = tl.load(at, mask=mask, other=0)
     factor = decode_ue8m0(code) if cfg.kind == "mxfp4" else decode_fp8(code, 3)
-    if cfg.pairs:
+    if cfg.fp4_pairs:
         return decode_e2m1_pairs(packed, factor)
     else:
         factor = tl.broadcast_to(factor[:, :, None], (cfg.block_n, BLOCKS, cfg.scale_block // 2))
