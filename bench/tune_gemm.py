@@ -95,7 +95,7 @@ def _keys(operands: Sequence[str], heights: Sequence[int], gated: Sequence[bool]
 
 
 def candidates(key: Key) -> Iterator[Tile]:
-    """The default first, then what differs from it in shape, depth, warps, resident programs or how fp4 is decoded."""
+    """The default first, then what differs from it in shape, depth, warps or resident programs."""
     operands, _, height = key
     default = HOPPER[operands, height]
     found = dict.fromkeys([default])
@@ -110,8 +110,6 @@ def candidates(key: Key) -> Iterator[Tile]:
         for per_sm in (1, 2) if warps == 4 else (1,):
             found[Tile(block_m, block_n, block_k, warps, 6, per_sm, swap)] = None
     found |= dict.fromkeys(default._replace(band=band) for band in (4, 16))
-    if operands == "fp4":
-        found |= dict.fromkeys(tile._replace(pairs=True) for tile in tuple(found))
     yield from found
 
 
@@ -123,7 +121,7 @@ def problems(key: Key) -> Iterator[GemmShape]:
 
 def label(tile: Tile) -> str:
     """A tile in short: "64x128x64 w4 s5 x2 swap band8"."""
-    extra = " swap" * tile.swap + " pairs" * tile.pairs
+    extra = " swap" * tile.swap
     shape = f"{tile.block_m}x{tile.block_n}x{tile.block_k}"
     return f"{shape} w{tile.num_warps} s{tile.stages} x{tile.per_sm}{extra} band{tile.band}"
 
@@ -140,11 +138,13 @@ def hopper_keys(operands: Sequence[str], heights: Sequence[int], gated: Sequence
 
 
 def hopper_candidates(key: Key) -> Iterator[hopper.Tile]:
-    """What the rules choose first, then in bands of other heights, then every other tile of these operands."""
+    """What the rules choose first, then in bands of other heights, then every tile, of fp8 with turns and without."""
     bits, height, _, few = key
     default = hopper.TILES[hopper.RULES[height, bits][few], bits]
-    tiles = (tile for (_, width), tile in hopper.TILES.items() if width == bits)
-    yield from dict.fromkeys((default, *(default._replace(band=band) for band in (4, 16)), *tiles))
+    tiles = [tile for (_, width), tile in hopper.TILES.items() if width == bits]
+    two = [tile for tile in tiles if tile.consumers == 2 and bits == 8]
+    others = [*(default._replace(band=band) for band in (4, 16)), *tiles]
+    yield from dict.fromkeys((default, *others, *(tile._replace(turns=not tile.turns) for tile in two)))
 
 
 def hopper_problems(key: Key) -> Iterator[GemmShape]:

@@ -54,7 +54,7 @@ def autotune(
     skip_ops: Collection[str] | None = None,
     cuda_graph_profile_replays: int | None = None,
 ) -> Iterator[None]:
-    """Within, operations measure the configurations they have and keep the fastest ("moe" does, up to 64 tokens).
+    """Within, operations measure the configurations they have and keep the fastest; today only "moe", up to 64 tokens.
 
     tune_mode: False only uses what is known. cache: a JSON file that is read first, if it exists, and written at the
     end of a block that measures. skip_ops: names of operations that do not measure. tuning_buckets, round_up,

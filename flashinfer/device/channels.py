@@ -44,10 +44,11 @@ class Ring:
     """Tiles that go from the producer to every consumer.
 
     parts `[stages * PARTS, rows, columns]`: as the consumers read them. boxes: the same memory as TMA fills it, BOXES a
-    tile. full: one mbarrier a stage, of count 1 under TMA, else of one a producer thread. EMPTY: hardware barrier of
-    stage 0, the next ones are those of the next stages. SHIFT: log2 of STAGES, -1 where that is no power of two.
-    COPIED: the producer's threads copy, instead of TMA. Two rings may share `full` and EMPTY where their tiles come and
-    go together: one of them is acquired, expected, waited for and released.
+    tile. full: one mbarrier a stage, of count 1 under TMA, of one a producer thread where these copy, of both where
+    copies come beside TMA's boxes. EMPTY: hardware barrier of stage 0, the next ones are those of the next stages.
+    SHIFT: log2 of STAGES, -1 where that is no power of two. COPIED: the producer's threads copy what products read,
+    instead of TMA. Two rings may share `full` and EMPTY where their tiles come and go together: one of them is
+    acquired, expected, waited for and released.
     """
 
     parts: gl.shared_memory_descriptor

@@ -53,9 +53,12 @@ def imposed(tile: Any) -> AbstractContextManager[None]:
 
 
 def tiles(bits: int) -> dict[str, Any]:
+    """All that rules and tuning can choose: of fp8 also with turns where a rule's has none, and without."""
     from flashinfer.ops.gemm.gluon_sm90.configs import TILES
 
-    return {name: tile for (name, width), tile in TILES.items() if width == bits}
+    found = {name: tile for (name, width), tile in TILES.items() if width == bits}
+    two = {name: tile for name, tile in found.items() if tile.consumers == 2 and bits == 8}
+    return found | {f"{name}, other turns": tile._replace(turns=not tile.turns) for name, tile in two.items()}
 
 
 @pytest.fixture
@@ -149,14 +152,56 @@ def test_fp8_per_tensor(every_tile: Each, rng: random.Random) -> None:
         check(fp8_tensor([*drawn_sizes(rng, 4, 300), 200], 328, 272), name)
 
 
-def test_scales_of_any_strides(every_tile: Each) -> None:
-    """Of the rows by columns, of the weights by K: as other libraries keep them."""
+def inside(scale: torch.Tensor) -> torch.Tensor:
+    """The same numbers in the middle of others, at an odd address, with gaps between them."""
+    *outer, last = scale.shape
+    room = torch.full([*(n + 3 for n in outer), 2 * last + 3], float("nan"), device=DEVICE)
+    return room[(*(slice(1, 1 + n) for n in outer), slice(1, 1 + 2 * last, 2))].copy_(scale)
+
+
+# Of rows, of weights: by columns and by K, as other libraries keep them; apart; one number for all blocks of K.
+LAYOUTS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], ...]] = {
+    "columns first": (lambda x: x.t().contiguous().t(), lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)),
+    "inside": (inside, inside),
+    "repeated": (lambda x: x[:, :1].expand_as(x), lambda x: x[:, :, :1].expand_as(x)),
+    "matrices repeated": (lambda x: x[:1].expand_as(x), lambda x: x[:1, :1].expand_as(x)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("scale_rows", "activation"), [(1, None), (128, None), (1, "swiglu")])
+def test_scales_of_any_strides(every_tile: Each, layout: str, scale_rows: int, activation: str | None) -> None:
+    of_rows, of_weights = LAYOUTS[layout]
     for name in every_tile(8):
-        problem = fp8_blocks([100, 200, 28], 384, 640)
+        problem = fp8_blocks([100, 0, 200, 28], 512, 640, scale_rows)
         rows, weights = problem.rows, problem.weights
-        by_column = rows.scale.t().contiguous().t()
-        by_depth = weights.scale.transpose(1, 2).contiguous().transpose(1, 2)
-        check(replace(problem, rows=rows._replace(scale=by_column), weights=weights._replace(scale=by_depth)), name)
+        rows, weights = rows._replace(scale=of_rows(rows.scale)), weights._replace(scale=of_weights(weights.scale))
+        problem = replace(problem, rows=rows, weights=weights)
+        check(with_epilogue(problem, activation, False, False, False) if activation else problem, name)
+
+
+@pytest.mark.parametrize("activation", [None, "swiglu"])
+@pytest.mark.parametrize("k", [128, 1152])
+def test_scales_of_nobody(every_tile: Each, k: int, activation: str | None) -> None:
+    """NaN as the scales of rows without weights, of rows of no group, and of a matrix that no row uses."""
+    indices = torch.tensor([2, -1, 1, -5, 2, 0], device=DEVICE)
+    sizes = [100, 64, 33, 200, 70, 0]
+    for name in every_tile(8):
+        problem = fp8_blocks(sizes, 512, k)
+        scale = problem.weights.scale[:3].clone()
+        scale[0] = float("nan")
+        weights = problem.weights._replace(values=problem.weights.values[:3], scale=scale, indices=indices)
+        of_rows = problem.rows.scale.clone()
+        for begin, count in (problem.spans[1], problem.spans[3], (467, 3)):
+            of_rows[begin : begin + count] = float("nan")
+        columns = 512 if activation is None else 256
+        epilogue = Epilogue(None, Activation(activation)) if activation else Epilogue()
+        out = poisoned((problem.num_rows, columns), torch.float16, DEVICE)
+        gemm.grouped_gemm(problem.rows._replace(scale=of_rows), weights, epilogue, out=out)
+        assert (out[100:164] == 0).all() and (out[197:397] == 0).all(), name
+        assert not out[:467].isnan().any() and out[467:].isnan().all(), name
+        problem = replace(problem, weights=weights, epilogue=epilogue)
+        assert torch.equal(out[:467], check(problem, name)[:467]), name
 
 
 @pytest.mark.parametrize("kind", ["half", "fp8"])

@@ -117,16 +117,17 @@ def named_arrive(barrier: int, threads: int) -> Operation:
 
 
 class mbarrier:
-    """Of count 1: a phase ends when the producer has arrived and all announced bytes have."""
+    """A phase ends when `count` roles have arrived and all announced bytes have."""
 
-    def __init__(self) -> None:
+    def __init__(self, count: int = 1) -> None:
+        self.count = count
         self.arrivals = self.bytes = self.phase = 0
 
     def update(self, arrivals: int, bytes: int) -> None:
         self.arrivals += arrivals
         self.bytes += bytes
-        check(self.arrivals <= 1 and self.bytes >= 0, "mbarrier arrived at twice in a phase")
-        if self.arrivals == 1 and self.bytes == 0:
+        check(self.arrivals <= self.count and self.bytes >= 0, "mbarrier arrived at twice in a phase")
+        if self.arrivals == self.count and self.bytes == 0:
             self.arrivals = 0
             self.phase += 1
 

@@ -14,8 +14,10 @@ OPERATIONS = {
     **dict.fromkeys(("product", "_product"), 2),
     **dict.fromkeys(("tma_store_wait", "warpgroup_mma_wait"), 1),
     **dict.fromkeys(("tma_load", "tma_store", "copy_load", "warpgroup_mma", "load", "store"), 0),
-    **dict.fromkeys(("fence_async_shared", "partition_barrier", "_first", "_step", "_last", "_write", "put"), 0),
-    **dict.fromkeys(("_load_weights", "_multiply", "_share", "_write_sums"), 0),
+    **dict.fromkeys(
+        ("fence_async_shared", "partition_barrier", "_first", "_step", "_last", "_write", "put", "_pass"), 0
+    ),
+    **dict.fromkeys(("_load_weights", "_multiply", "_share", "_pass", "_write_sums", "copy_scales", "factors_here"), 0),
 }
 
 

@@ -16,13 +16,14 @@ from tests.unit.hopper_model import (
     Box,
     Gpu,
     Operation,
+    Part,
     Steps,
     Tile,
     assert_found,
     check,
+    copy_load,
     fence_async_shared,
-    named_arrive,
-    named_sync,
+    mbarrier,
     partition_barrier,
     plain_store,
     tma_load,
@@ -32,9 +33,20 @@ from tests.unit.hopper_model import (
     warpgroup_mma_wait,
 )
 from tests.unit.outline import outline
-from tests.unit.test_channels import Ring, no_steps, no_wait, wait_for_the_other_phase
+from tests.unit.test_channels import (
+    Barriers,
+    Ring,
+    Turns,
+    deliver_at_once,
+    give_twice,
+    no_steps,
+    no_wait,
+    wait_for_the_other_phase,
+)
 
-FIRST_BARRIER, PRODUCER_THREADS, CONSUMER_THREADS = 6, 32, 128
+FIRST_BARRIER, PRODUCER_THREADS = 6, 32
+# Of an mbarrier of tiles whose scales are copied: the announcement of TMA's bytes, and the copying warp.
+ARRIVALS = 2
 
 
 class Config(NamedTuple):
@@ -50,7 +62,8 @@ class Config(NamedTuple):
     steps: int = 3
     block_m: int = 8
     out_part: int = 1
-    lag: int = 0
+    scale_rows: int = 0
+    turns: bool = False
 
     @property
     def row_share(self) -> int:
@@ -75,7 +88,30 @@ class Place(NamedTuple):
     CID: int
 
 
-Rings = tuple[Ring, Ring]
+class Scale(Box):
+    """A value of each row, or of a part of the weights, that threads copy and threads read, at once."""
+
+    def slice(self, begin: int, rows: int) -> Scale:
+        return self
+
+    def load(self, tile: Tile) -> Operation:
+        return lambda gpu, me: check(self.holds == tile, f"{me.name} reads {self.holds} and means {tile}")
+
+
+class Scales(Ring):
+    """Memory that comes and goes with a ring's tiles."""
+
+    def __init__(self, beside: Ring, per_stage: int) -> None:
+        super().__init__(beside.STAGES, per_stage, per_stage, beside.EMPTY, 0, False, beside=beside)
+        self.boxes = [Scale() for _ in self.boxes]
+
+    def index(self, i: int) -> Scale:
+        box = self.boxes[i]
+        assert isinstance(box, Scale)
+        return box
+
+
+Rings = tuple[Ring, Ring, tuple[Scales, Scales]]
 
 
 def _load_weights(w_desc: str, weights: Ring, n: int, place: tuple[int, int]) -> Steps:
@@ -84,9 +120,17 @@ def _load_weights(w_desc: str, weights: Ring, n: int, place: tuple[int, int]) ->
         yield tma_load((w_desc, *place), weights.landing(n), weights.box(n, i))
 
 
+def copy_scales(tiles: tuple[Scales, Scales], stage: int, place: tuple[int, int]) -> Steps:
+    of_rows, of_parts = tiles
+    PARTS = of_parts.PARTS
+    yield copy_load(Part([of_rows.index(stage)]), ("SX", *place))
+    for i in range(PARTS):
+        yield copy_load(Part([of_parts.index(stage * PARTS + i)]), (f"SW{i}", *place))
+
+
 def producer(rings: Rings, tiles: list[int], cfg: Config) -> Steps:
     x_desc, w_desc = "X", "W"
-    rows, weights = rings
+    rows, weights = rings[0], rings[1]
     steps = cfg.steps
     done = 0
     for t in range(0, len(tiles)):
@@ -96,12 +140,15 @@ def producer(rings: Rings, tiles: list[int], cfg: Config) -> Steps:
             yield from rows.expect(n, weights.BYTES)
             yield from _load_weights(w_desc, weights, n, (t, k))
             yield tma_load((x_desc, t, k), rows.landing(n), rows.box(n, 0))
+            if cfg.scale_rows > 0:
+                yield from copy_scales(rings[2], rows.stage(n), (t, k))
+                yield from rows.deliver(n)
         done += steps
     yield from rows.drain(done)
 
 
 def product(rings: Rings, n: int, place: tuple[int, int], CID: int, cfg: Config) -> Steps:
-    rows, weights = rings
+    rows, weights = rings[0], rings[1]
     x = rows.part(n, CID if cfg.split_rows else 0)
     w = weights.part(n, 0 if cfg.split_rows else CID)
     yield warpgroup_mma((x, ("X", *place)), (w, ("W", *place)))
@@ -159,9 +206,6 @@ def _multiply(rings: Rings, staging: Staging, done: int, place: Place, cfg: Conf
         yield from product(rings, n, (t, n - done), CID, cfg)
         yield warpgroup_mma_wait(1)
         yield from rows.release(n - 1)
-        if cfg.lag > 0 and CID == 0:  # noqa: SIM102
-            if n == cfg.lag:
-                yield named_arrive(FIRST_BARRIER + cfg.stages, 2 * CONSUMER_THREADS)
     yield warpgroup_mma_wait(0)
     yield from rows.release(end - 1)
     yield from _write(staging, place, cfg)
@@ -173,9 +217,6 @@ def plain_consumer(rings: Rings, staging: Staging, tiles: list[int], CID: int, c
     steps = cfg.steps
     done = 0
     for t in range(0, len(tiles)):
-        if cfg.lag > 0 and CID == 1:  # noqa: SIM102
-            if t == 0:
-                yield named_sync(FIRST_BARRIER + cfg.stages, 2 * CONSUMER_THREADS)
         rest = tiles[t]
         place = Place(t, rest - ROW, CID)
         if ROW == 0:  # noqa: SIM114
@@ -188,24 +229,51 @@ def plain_consumer(rings: Rings, staging: Staging, tiles: list[int], CID: int, c
     yield tma_store_wait(0)
 
 
-def _product(x: tuple[list[Box], Tile], weights: Ring, n: int, PART: int) -> Steps:
+def factors_here(tiles: tuple[Scales, Scales], stage: int, FIRST_ROW: int, FIRST_PART: int, place: tuple[int, int],
+                 cfg: Config) -> Steps:  # fmt: skip
+    of_rows, of_parts = tiles
+    PARTS, ALL = cfg.subtiles, of_parts.PARTS
+    yield of_rows.index(stage).slice(FIRST_ROW, 64).load(("SX", *place))
+    for i in range(PARTS):
+        yield of_parts.index(stage * ALL + FIRST_PART + i).load((f"SW{FIRST_PART + i}", *place))
+
+
+def _product(x: tuple[Part, Tile], weights: Ring, n: int, PART: int, turns: Turns, cfg: Config) -> Steps:
+    if cfg.turns:
+        yield from turns.take()
     yield warpgroup_mma(x, (weights.part(n, PART), ("W", *x[1][1:])))
+    if cfg.turns:
+        yield from turns.give()
 
 
-def _share(rings: Rings, done: int, end: int, place: Place, cfg: Config) -> Steps:
-    rows, weights = rings
+def _share(rings: Rings, turns: Turns, done: int, end: int, place: Place, cfg: Config) -> Steps:
+    rows, weights = rings[0], rings[1]
     CID = place.CID
     PARTS = cfg.subtiles
     FIRST = 0 if cfg.split_rows else CID * PARTS
     for n in range(done, end):
         yield from rows.wait(n)
         x = (rows.part(n, CID if cfg.split_rows else 0), ("X", place.t, n - done))
+        if cfg.scale_rows > 0:
+            at = (place.t, n - done)
+            yield from factors_here(rings[2], rows.stage(n), cfg.row_share * CID, FIRST, at, cfg)
         for i in range(PARTS - 1):
-            yield from _product(x, weights, n, FIRST + i)
+            yield from _product(x, weights, n, FIRST + i, turns, cfg)
             yield warpgroup_mma_wait(0)
             yield from rows.wait(n)
-        yield from _product(x, weights, n, FIRST + PARTS - 1)
+        yield from _product(x, weights, n, FIRST + PARTS - 1, turns, cfg)
         yield warpgroup_mma_wait(0)
+        yield from rows.release(n)
+
+
+def _pass(rows: Ring, turns: Turns, begin: int, end: int, cfg: Config) -> Steps:
+    PARTS = cfg.subtiles
+    for n in range(begin, end):
+        yield from rows.wait(n)
+        if cfg.turns:
+            for _ in range(PARTS):
+                yield from turns.take()
+                yield from turns.give()
         yield from rows.release(n)
 
 
@@ -223,18 +291,23 @@ def scaled_consumer(rings: Rings, staging: Staging, tiles: list[int], CID: int, 
     ROW = cfg.row_share * CID
     steps = cfg.steps
     done = 0
+    turns = Turns(FIRST_BARRIER + cfg.stages, CID, cfg.consumers)
+    if cfg.turns:
+        yield from turns.begin()
     for t in range(0, len(tiles)):
         rest = tiles[t]
         place = Place(t, rest - ROW, CID)
         end = done + steps
         if ROW > 0:
             end = end if rest > ROW else done
-        yield from _share(rings, done, end, place, cfg)
+        yield from _share(rings, turns, done, end, place, cfg)
         if ROW > 0:
-            yield from skip(rows, end, done + steps)
+            yield from _pass(rows, turns, end, done + steps, cfg)
         if rest > ROW:
             yield from _write_sums(staging, place, cfg)
         done += steps
+    if cfg.turns:
+        yield from turns.end()
     yield tma_store_wait(0)
 
 
@@ -244,11 +317,14 @@ def grouped_kernel(gpu: Gpu, tiles: list[int], cfg: Config) -> None:
     row_parts = cfg.consumers if cfg.split_rows else 1
     weight_parts = (1 if cfg.split_rows else cfg.consumers) * cfg.subtiles
     rows = Ring(shared[0], row_parts, 1, *shared[1:], False, cfg.consumers)
+    if cfg.scale_rows > 0:
+        rows.full = Barriers(mbarrier(ARRIVALS) for _ in range(cfg.stages))
     weights = Ring(shared[0], weight_parts, 1, *shared[1:], False, cfg.consumers, beside=rows)
-    gpu.start("producer", 1, producer((rows, weights), tiles, cfg))
+    rings = rows, weights, (Scales(rows, 1), Scales(rows, weight_parts))
+    gpu.start("producer", 1, producer(rings, tiles, cfg))
     consumer = scaled_consumer if cfg.scaled else plain_consumer
     for CID in range(cfg.consumers):
-        gpu.start(f"consumer {CID}", 4, consumer((rows, weights), Staging(), tiles, CID, cfg))
+        gpu.start(f"consumer {CID}", 4, consumer(rings, Staging(), tiles, CID, cfg))
     gpu.run()
     check(not any(at.came for at in gpu.barriers), "a named barrier is left half counted")
     check(not any(at.arrivals or at.bytes for at in rows.full), "an mbarrier is left in the middle of a phase")
@@ -277,22 +353,29 @@ PLAIN = [
     for consumers, split_rows in ((2, True), (2, False), (1, True))
     for out_parts, steps in ((1, 1), (2, 5))
 ]
-LAGGING = [Config(4, split_rows=split_rows, steps=steps, lag=2) for split_rows in (False, True) for steps in (3, 9)]
 SCALED = [
     Config(stages, consumers, split_rows, True, gated, subtiles, steps=steps)
     for stages in (2, 6)
     for consumers, split_rows in ((2, True), (2, False), (1, True))
     for gated, subtiles, steps in ((False, 1, 1), (False, 2, 5), (True, 2, 3))
 ]
+COPIED = [cfg._replace(scale_rows=1) for cfg in SCALED]
+# Eight stages and two turns are all the barriers there are.
+TURNS = [cfg._replace(turns=True, stages=stages) for cfg in COPIED if cfg.consumers == 2 for stages in (cfg.stages, 8)]
 
 
-@pytest.mark.parametrize("cfg", PLAIN + LAGGING + SCALED, ids=str)
+@pytest.mark.parametrize("cfg", PLAIN + SCALED + COPIED + TURNS, ids=str)
 def test_random_schedules(cfg: Config, rng: random.Random) -> None:
     for _ in range(15):
         grouped_kernel(Gpu(rng), draw_tiles(rng, cfg), cfg)
 
 
+def pass_no_turns(rows: Ring, turns: Turns, begin: int, end: int, cfg: Config) -> Steps:
+    yield from skip(rows, begin, end)
+
+
 HERE = sys.modules[__name__]
+BLOCKS = Config(scaled=True, subtiles=2, scale_rows=1, turns=True)
 MUTANTS = {
     "released before the read completed": (HERE, "warpgroup_mma_wait", no_wait, Config(), "while it is read"),
     "sums used before they are there": (HERE, "warpgroup_mma_wait", no_wait, Config(scaled=True), "while it is read"),
@@ -305,7 +388,16 @@ MUTANTS = {
     "never releases": (Ring, "release", no_steps, Config(), "deadlock"),
     "keeps the tiles it skips": (HERE, "skip", no_steps, Config(), "deadlock"),
     "producer not counted": (HERE, "PRODUCER_THREADS", 0, Config(), "more threads at a barrier than it counts"),
-    "lags by more than there is": (HERE, "FIRST_BARRIER", 6, Config(lag=5, steps=5), "deadlock"),
+    "scales not delivered": (Ring, "deliver", no_steps, BLOCKS, "deadlock"),
+    "scales delivered before they land": (Ring, "deliver", deliver_at_once, BLOCKS, "reads None and means .'S"),
+    "scales not counted": (HERE, "ARRIVALS", 1, BLOCKS, "reads None and means|arrived at twice"),
+    "scales counted twice": (HERE, "ARRIVALS", 3, BLOCKS, "deadlock"),
+    "scales not waited for": (Ring, "wait", no_steps, BLOCKS, "reads None and means .'S"),
+    "tiles passed without their turns": (HERE, "_pass", pass_no_turns, BLOCKS, "deadlock|half counted"),
+    "gives the turn twice": (Turns, "give", give_twice, BLOCKS, "have the turn at once"),
+    "keeps the turn": (Turns, "give", no_steps, BLOCKS, "deadlock"),
+    "nobody begins": (Turns, "begin", no_steps, BLOCKS, "deadlock"),
+    "nobody takes the last turn": (Turns, "end", no_steps, BLOCKS, "half counted"),
     "too many counted": (HERE, "PRODUCER_THREADS", 64, Config(), "deadlock"),
 }
 
@@ -322,7 +414,8 @@ HOPPER = Path(__file__).parents[2] / "flashinfer" / "ops" / "gemm" / "gluon_sm90
 SOURCES = {
     "kernel.py": ["_load_weights", "producer"],
     "plain.py": ["product", "skip", "_write", "_multiply", "plain_consumer"],
-    "scaled.py": ["_product", "_share", "_write_sums", "scaled_consumer"],
+    "scaled.py": ["_product", "_share", "_pass", "_write_sums", "scaled_consumer"],
+    "scales.py": ["copy_scales", "factors_here"],
     "epilogue.py": ["put"],
 }
 

@@ -93,11 +93,27 @@ def test_tiles_by_rows_a_group(spec: GemmSpec, rows_a_group: int, tile: str) -> 
     config = chosen(spec, rows_a_group * 64, 64).kernel
     assert (config.block_m, config.block_n, config.stages) == (wanted.block_m, wanted.block_n, wanted.stages)
     assert (config.split_rows, config.weights_first) == (wanted.split_rows, wanted.weights_first)
+    assert config.turns == wanted.turns
 
 
 def test_few_tiles_are_narrower() -> None:
     one = gate.BLOCK._replace(layout="one", n=7168)
-    assert chosen(one, 128, 1).kernel.block_n == 128 and chosen(one, 4096, 1).kernel.block_n == 256
+    assert [chosen(one, rows, 1).kernel.block_n for rows in (64, 128, 200, 4096)] == [64, 64, 128, 256]
+
+
+def test_turns_are_for_two_warpgroups_that_scale() -> None:
+    """Without block scales nobody measured them; one warpgroup has nobody to take turns with."""
+    one = gate.BLOCK._replace(layout="one")
+    wide, narrow = configs.TILES["128x256", 8], configs.TILES["64x64", 8]
+    assert configs.configured(one, wide, 0, False).turns
+    assert not configs.configured(gate.TENSOR._replace(layout="one"), wide, 0, True).turns
+    assert not configs.configured(one, narrow._replace(turns=True), 0, False).turns
+
+
+def test_barriers_are_enough() -> None:
+    """Of the 16 of the hardware the compiler takes six; a stage takes one, and a warpgroup that takes turns."""
+    for (name, _), tile in configs.TILES.items():
+        assert 6 + tile.stages + 2 * tile.turns <= 16, name
 
 
 def test_one_launch_serves_equal_classes() -> None:

@@ -108,7 +108,7 @@ def test_each_backend_has_keys_for_all_its_operands() -> None:
 
 
 def test_hoppers_file_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key, tile = (8, 64, False, True), hopper.Tile(64, 64, 8, consumers=1, split_rows=True, early=False)
+    key, tile = (8, 64, False, True), hopper.Tile(64, 64, 8, consumers=1, split_rows=True, turns=True)
     best = tune_gemm.entry(GLUON, key, [Trial(key, "a", tile, 3.0)])
     assert best is not None
     tune_gemm.write(GLUON, tmp_path / "tuned" / "gluon_sm90.json", [best], ENVIRONMENT)

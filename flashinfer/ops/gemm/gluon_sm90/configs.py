@@ -24,9 +24,7 @@ GROUP_BLOCK = (32, 256)
 MANY_BLOCK = 128
 # By consumers and programs a multiprocessor: what each thread starts with of its 65,536 registers, then what a thread
 # of a consumer has (the first takes what is left), and one of the producer.
-REGISTERS = {(2, 1): (168, 232, 40), (2, 2): (80, 96, 48), (1, 1): (152, 0, 40), (1, 2): (128, 0, 40)}
-# From more than this on, K is long.
-LONG_DEPTH = 1024
+REGISTERS = {(2, 1): (168, 232, 40), (2, 2): (80, 96, 48), (1, 1): (152, 0, 40)}
 # Columns stored at once, at most.
 OUT_PART = 128
 # Columns of an accumulator that fp8 sums beside them leave registers for.
@@ -38,8 +36,7 @@ GATE_BLOCK = 8
 class Tile(NamedTuple):
     """What measuring decides; fields as in `GemmConfig`. per_sm: resident programs of a multiprocessor.
 
-    lag: where K is long. early: programs may be set up while the launch before still runs (programmatic dependent
-    launch). turns, deferred, prefetch, copied: of fp8.
+    turns: where there are block scales.
     """
 
     block_m: int
@@ -50,12 +47,7 @@ class Tile(NamedTuple):
     weights_first: bool = False
     per_sm: int = 1
     band: int = 8
-    lag: int = 0
-    early: bool = True
-    turns: int = 0
-    deferred: bool = False
-    prefetch: bool = False
-    copied: bool = False
+    turns: bool = False
 
 
 class Workload(NamedTuple):
@@ -75,26 +67,21 @@ class Launch:
     kernel: GemmConfig
     registers: tuple[int, int, int]
     per_sm: int
-    early: bool
 
 
 TILES = {
     ("128x256", 16): Tile(128, 256, 4, split_rows=True),
-    ("128x256lag", 16): Tile(128, 256, 4, split_rows=True, lag=2),
     ("64x256", 16): Tile(64, 256, 4),
     ("64x128x2", 16): Tile(64, 128, 4, per_sm=2),
     ("swap32", 16): Tile(32, 128, 8, weights_first=True),
     ("swap16", 16): Tile(16, 128, 8, weights_first=True),
-    ("128x256", 8): Tile(128, 256, 4, split_rows=True),
-    ("128x64", 8): Tile(128, 64, 8, split_rows=True),
-    ("64x256", 8): Tile(64, 256, 4),
+    ("128x256", 8): Tile(128, 256, 4, split_rows=True, turns=True),
+    ("128x64", 8): Tile(128, 64, 8, split_rows=True, turns=True),
     ("64x128", 8): Tile(64, 128, 8),
-    ("64x128x2", 8): Tile(64, 128, 4, per_sm=2),
     ("64x64", 8): Tile(64, 64, 8, consumers=1, split_rows=True),
-    ("64x64x2", 8): Tile(64, 64, 6, consumers=1, split_rows=True, per_sm=2),
 }
 # By rows a group and bits of an operand, for tiles enough for all multiprocessors and for fewer. From rates on an H200
-# (bench/results/trial-grouped-tiles.txt, 2026-11-22).
+# (bench/results/trial-grouped-tiles.txt and trial-fp8-scales.txt, 2026-11-22).
 RULES = {
     (16, 16): ("swap16", "swap16"),
     (32, 16): ("swap32", "swap32"),
@@ -104,7 +91,7 @@ RULES = {
     (16, 8): ("64x128", "64x64"),
     (32, 8): ("64x128", "64x64"),
     (64, 8): ("64x128", "64x64"),
-    (128, 8): ("128x256", "64x128"),
+    (128, 8): ("128x256", "128x64"),
     (256, 8): ("128x256", "64x128"),
 }
 
@@ -158,7 +145,7 @@ def _configured(spec: GemmSpec, load: Workload, tile: Tile | None) -> Launch:
     tile = tile or tuned().get((bits, load.height, spec.gated, load.few))
     tile = tile or TILES[RULES[load.height, bits][load.few], bits]
     kernel = configured(spec, tile, load.groups, load.finishes)
-    return Launch(kernel, REGISTERS[tile.consumers, tile.per_sm], tile.per_sm, tile.early)
+    return Launch(kernel, REGISTERS[tile.consumers, tile.per_sm], tile.per_sm)
 
 
 def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmConfig:
@@ -182,14 +169,10 @@ def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmC
         group_block=MANY_BLOCK if many else groups,
         many_groups=many,
         bits=bits,
-        lag=tile.lag if tile.consumers == 2 and spec.k > LONG_DEPTH else 0,
         n_major=spec.transposed,
         scale_rows=spec.scale_rows,
         gate_block=gate_block if spec.gated else 0,
         finishes=finishes,
         activation=PAIRED[spec.activation] if spec.gated else SINGLE[spec.activation],
-        turns=tile.turns if tile.consumers == 2 and bits == FP8_BITS else 0,
-        deferred=tile.deferred or tile.copied,
-        prefetch=tile.prefetch and spec.scale_rows > 0,
-        copied=tile.copied and spec.scale_rows > 0,
+        turns=tile.turns and tile.consumers == 2 and spec.scale_rows > 0,
     )

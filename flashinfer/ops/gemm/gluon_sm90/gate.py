@@ -26,22 +26,18 @@ TENSOR = BLOCK._replace(kind="fp8_tensor", scale_rows=0, scale_cols=0)
 
 
 class Problem(NamedTuple):
-    """One compiled path. tiles: None for all of these operands. groups: their class. changes: of the tiles."""
+    """One compiled path. tiles: None for all of these operands. groups: their class."""
 
     name: str
     spec: GemmSpec
     tiles: tuple[str, ...] | None = None
     groups: int = 32
-    changes: tuple[tuple[str, Any], ...] = ()
 
 
 # The tiles that rules choose for 16-bit operands.
 CHOSEN = tuple(sorted({tile for (_, bits), tiles in RULES.items() if bits == 16 for tile in tiles}))
 GATED = BLOCK._replace(activation="swiglu")
 MANY = BLOCK._replace(indexed=True, scale_rows=128)
-# Ways that scales come.
-COPIED = (("copied", True),)
-ASKED = (("deferred", True), ("prefetch", True))
 PROBLEMS = (
     Problem("bf16", BASE),
     Problem("bf16_swiglu", BASE._replace(activation="swiglu"), CHOSEN),
@@ -54,14 +50,9 @@ PROBLEMS = (
     Problem("bf16_equal", BASE._replace(layout="equal"), ("64x128x2",)),
     Problem("bf16_one", BASE._replace(layout="one"), ("128x256",), 0),
     Problem("fp8_block", BLOCK),
-    Problem("fp8_block_swiglu", GATED, ("128x256", "64x128", "64x64")),
+    Problem("fp8_block_swiglu", GATED),
     Problem("fp8_block_groups256", MANY, ("128x256", "64x128"), 256),
     Problem("fp8_block_one", BLOCK._replace(layout="one"), ("128x256", "128x64", "64x64"), 0),
-    Problem("fp8_block_copied", BLOCK, None, 32, COPIED),
-    Problem("fp8_block_copied_groups256", MANY, ("128x256", "64x128"), 256, COPIED),
-    Problem("fp8_block_copied_swiglu", GATED, ("128x256", "64x128", "64x64"), 32, COPIED),
-    Problem("fp8_block_turns", BLOCK, ("128x256", "64x128"), 32, (*COPIED, ("turns", 1))),
-    Problem("fp8_block_asked", BLOCK._replace(layout="one"), ("128x256", "64x64"), 0, ASKED),
     Problem("fp8_tensor", TENSOR, ("128x256", "64x128")),
     Problem("fp8_tensor_swiglu", TENSOR._replace(activation="swiglu"), ("128x256",)),
 )
@@ -77,7 +68,7 @@ def cases() -> Iterator[GateCase]:
 
 def _case(problem: Problem, name: str) -> GateCase:
     spec = problem.spec
-    tile = TILES[name, spec.row_dtype.itemsize * 8]._replace(**dict(problem.changes))
+    tile = TILES[name, spec.row_dtype.itemsize * 8]
     finish = _finish(spec)
     config = configured(spec, tile, problem.groups, finish is not None)
     int32, fp32 = torch.empty(0, dtype=torch.int32), torch.empty(0)
@@ -107,7 +98,7 @@ def _case(problem: Problem, name: str) -> GateCase:
         "CONSUMER_REGISTERS": Constant(consumer),
         "PRODUCER_REGISTERS": Constant(producer),
     }
-    options = {"num_warps": 4, "maxnreg": start, "launch_pdl": tile.early}
+    options = {"num_warps": 4, "maxnreg": start, "launch_pdl": True}
     return case_of(f"{problem.name}.{name}", grouped_kernel, arguments, options=options, archs=HOPPER)
 
 

@@ -24,7 +24,7 @@ from flashinfer.device.gluon import (
 )
 from flashinfer.ops.gemm.gluon_sm90.plain import CONSUMER_WARPS, plain_consumer
 from flashinfer.ops.gemm.gluon_sm90.scaled import scaled_consumer
-from flashinfer.ops.gemm.gluon_sm90.scales import bring_row_scales, bring_weight_scales, copy_scales, scale_tiles
+from flashinfer.ops.gemm.gluon_sm90.scales import copy_scales, scale_tiles
 from flashinfer.ops.gemm.gluon_sm90.schedule import Counts, nth_tile, rounds, weights_of
 
 PRODUCER_WARPS = gl.constexpr(1)
@@ -50,12 +50,10 @@ class GemmConfig:
     split_rows: they share a tile by its rows, else by its columns. weights_first: weights are the product's rows.
     subtiles: products that a warpgroup's columns are made in. out_part: columns that it stores at once. band: tiles of
     rows worked on side by side. group_block: groups looked at at once, 0 where there is one group; many_groups: there
-    are more than that. bits: of an operand's element. lag: tiles of K by which the second warpgroup begins later, fewer
-    than K has and than stages. n_major: weights are [W, K, N]. scale_rows: rows that share a scale, 0 without block
-    scales. gate_block: of pairs, the columns of up that stand in shared memory before those of their gates. finishes:
-    whether anything is done to the sums. activation: a jitted function or None. Of fp8,
-    turns: warpgroups multiply in turn, a turn ends when a product was issued (1) or is done (2). Of scales, deferred:
-    multiplied when wanted, else when they come; prefetch: the producer asks for them; copied: it copies them.
+    are more than that. bits: of an operand's element. n_major: weights are [W, K, N]. scale_rows: rows that share a
+    scale, 0 without block scales. gate_block: of pairs, the columns of up that stand in shared memory before those of
+    their gates. finishes: whether anything is done to the sums. activation: a jitted function or None. turns: two
+    warpgroups issue fp8 products in turn.
     """
 
     block_m: int
@@ -70,16 +68,12 @@ class GemmConfig:
     group_block: int
     many_groups: bool
     bits: int
-    lag: int
     n_major: bool
     scale_rows: int
     gate_block: int
     finishes: bool
     activation: Any
-    turns: int
-    deferred: bool
-    prefetch: bool
-    copied: bool
+    turns: bool
 
     @property
     def scaled(self) -> bool:
@@ -136,41 +130,36 @@ def _load_weights(w_desc, weights, n, which, column, k, cfg: gl.constexpr):
 
 @jit
 def producer(descs, rings, groups, counts, scales, cfg: gl.constexpr):
-    """One warp: the rows and weights of every tile, by TMA."""
+    """One warp: the rows and weights of every tile, by TMA, and copies of their scales."""
     x_desc, w_desc = descs
     rows, weights = rings[0], rings[1]
     steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
     done = 0
     for t in range(0, rounds(groups, counts, PRODUCER_WARPS, cfg)):
         tile = nth_tile(groups, counts, t, PRODUCER_WARPS, cfg)
-        group, row, column_tile = tile[0], tile[1], tile[3]
+        group, row, column = tile[0], tile[1], tile[3] * cfg.out_columns
         which = weights_of(groups, group)
-        of_rows = row
-        if cfg.prefetch:
-            bring_weight_scales(scales, which, column_tile * cfg.out_columns, counts, cfg)
+        place = (which, row, column)
         # Without weights the product is 0 of zeros: NaN in the rows must not come through.
         row = gl.where(which < 0, NOWHERE, row)
         for k in range(0, steps):
             n = done + k
             rows.acquire(n)
             rows.expect(n, weights.BYTES)
-            _load_weights(w_desc, weights, n, which, column_tile * cfg.out_columns, k * cfg.block_k, cfg)
+            _load_weights(w_desc, weights, n, which, column, k * cfg.block_k, cfg)
             tma_load(x_desc, [row, k * cfg.block_k], rows.landing(n), rows.box(n, 0))
-            if cfg.copied:
-                place = (which, of_rows, column_tile * cfg.out_columns)
+            if cfg.scale_rows > 0:
                 copy_scales(rings[2], rows.stage(n), scales, place, k, counts, cfg)
                 rows.deliver(n)
-            if cfg.prefetch:
-                bring_row_scales(scales, of_rows, k, counts, cfg)
         done += steps
     rows.drain(done)
 
 
 @jit
-def consumer(o_desc, rings, outputs, target, finish, groups, counts, scales, CID: gl.constexpr, cfg: gl.constexpr):
+def consumer(o_desc, rings, outputs, target, finish, groups, counts, CID: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup's share of every tile."""
     if cfg.scaled:
-        scaled_consumer(o_desc, rings, outputs.index(CID), target, finish, groups, counts, scales, CID, cfg)
+        scaled_consumer(o_desc, rings, outputs.index(CID), target, finish, groups, counts, CID, cfg)
     else:
         plain_consumer(o_desc, rings, outputs.index(CID), target, finish, groups, counts, CID, cfg)
 
@@ -183,12 +172,13 @@ def shared_layout(columns, bits):
 
 @jit
 def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
-    """Those of the rows and of the weights, whose tiles come and go together."""
+    """Those of the rows and of the weights, whose tiles come and go together; with block scales, also these' memory."""
     SHARED: gl.constexpr = shared_layout(cfg.block_k, cfg.bits)
     STAGES: gl.constexpr = cfg.stages
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1 + 32 * PRODUCER_WARPS if cfg.copied else 1)
+        # Of scales, every thread says when what it copied has landed.
+        mbarrier.init(full.index(i), count=1 + 32 * PRODUCER_WARPS if cfg.scale_rows > 0 else 1)
     x = gl.allocate_shared_memory(x_type, [STAGES, cfg.block_m, cfg.block_k], SHARED)
     x_parts = x
     if cfg.split_rows:
@@ -203,7 +193,7 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
         w_parts = reinterpret(w_boxes, x_type, [WEIGHT_PARTS, cfg.part_columns, cfg.block_k], SHARED)
     rows = Ring(x_parts, x, full, STAGES, FIRST_BARRIER, cfg.consumers, 32 * PRODUCER_WARPS, False)
     weights = Ring(w_parts, w_boxes, full, STAGES, FIRST_BARRIER, cfg.consumers, 32 * PRODUCER_WARPS, False)
-    if cfg.copied:
+    if cfg.scale_rows > 0:
         return rows, weights, scale_tiles(cfg)
     else:
         return rows, weights
@@ -230,8 +220,8 @@ def grouped_kernel(x_desc, w_desc, o_desc, target, finish, groups, num_rows, num
     if cfg.consumers == 2:
         gl.warp_specialize(
             [
-                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 0, cfg)),
-                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 1, cfg)),
+                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, 0, cfg)),
+                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, 1, cfg)),
                 (producer, (descs, rings, groups, counts, scales, cfg)),
             ],
             [CONSUMER_WARPS, PRODUCER_WARPS],
@@ -240,7 +230,7 @@ def grouped_kernel(x_desc, w_desc, o_desc, target, finish, groups, num_rows, num
     else:
         gl.warp_specialize(
             [
-                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 0, cfg)),
+                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, 0, cfg)),
                 (producer, (descs, rings, groups, counts, scales, cfg)),
             ],
             [PRODUCER_WARPS],

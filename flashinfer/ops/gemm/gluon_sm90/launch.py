@@ -52,7 +52,7 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
         )
         key = _key(spec, launch, target, finish, groups, scales)
         grid = (grid_of(launch, spec, arch, num_rows, num_groups), 1, 1)
-        _launch(grid, key, arguments, out.device, num_warps=4, maxnreg=start, launch_pdl=launch.early)
+        _launch(grid, key, arguments, out.device, num_warps=4, maxnreg=start, launch_pdl=True)
 
     return run
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from flashinfer.device.channels import CONSUMER_THREADS, FIRST_BARRIER, named_arrive, named_sync
 from flashinfer.device.gluon import gl, jit, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, finished, halves, put
 from flashinfer.ops.gemm.gluon_sm90.schedule import nth_tile, rounds
@@ -74,9 +73,6 @@ def _multiply(rings, staging, o_desc, target, finish, groups, counts, done, t, p
         acc = product(rings, n, acc, CID, False, cfg)
         acc = warpgroup_mma_wait(1, deps=[acc])
         rows.release(n - 1)
-        if cfg.lag > 0 and CID == 0:
-            if n == cfg.lag:
-                named_arrive(FIRST_BARRIER + cfg.stages, 2 * CONSUMER_THREADS)
     # The search for the next tile runs beside the last product.
     tile = nth_tile(groups, counts, t + 1, CONSUMER_WARPS, cfg)
     acc = warpgroup_mma_wait(0, deps=[acc])
@@ -95,11 +91,6 @@ def plain_consumer(o_desc, rings, staging, target, finish, groups, counts, CID: 
     tile = nth_tile(groups, counts, 0, CONSUMER_WARPS, cfg)
     done = 0
     for t in range(0, rounds(groups, counts, CONSUMER_WARPS, cfg)):
-        if cfg.lag > 0 and CID == 1:
-            if t == 0:
-                # Once behind the other warpgroup, this one stays there: what each does to its sums runs beside the
-                # other's products.
-                named_sync(FIRST_BARRIER + cfg.stages, 2 * CONSUMER_THREADS)
         group, first, rest, column_tile = tile
         place = (group, first + ROW, rest - ROW, column_tile * cfg.out_columns + COLUMN)
         if ROW == 0:

@@ -10,82 +10,52 @@ from flashinfer.device.channels import FIRST_BARRIER, Turns
 from flashinfer.device.gluon import gl, jit, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
 from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, finished, put
 from flashinfer.ops.gemm.gluon_sm90.plain import CONSUMER_WARPS
-from flashinfer.ops.gemm.gluon_sm90.scales import factor_of_part, factors_at, factors_here, sources_of
+from flashinfer.ops.gemm.gluon_sm90.scales import factors_here
 from flashinfer.ops.gemm.gluon_sm90.schedule import nth_tile, rounds
 
 
 @jit
-def turns_of(CID: gl.constexpr, cfg: gl.constexpr):
-    """The order in which warpgroups multiply."""
-    return Turns(FIRST_BARRIER + cfg.stages, CID, cfg.consumers)
-
-
-@jit
-def take_turn(turns, cfg: gl.constexpr):
-    if cfg.turns > 0:
+def _product(x, weights, n, PART: gl.constexpr, zero, turns, cfg: gl.constexpr):
+    """Issue the product with a part of tile n of the weights, in this warpgroup's turn if they take turns."""
+    if cfg.turns:
         turns.take()
-
-
-@jit
-def give_turn(turns, WHEN: gl.constexpr, cfg: gl.constexpr):
-    """WHEN: 1 after a product was issued, 2 after it is done."""
-    if cfg.turns == WHEN and cfg.turns > 0:
+    value = warpgroup_mma(x, weights.part(n, PART).permute((1, 0)), zero, use_acc=False, is_async=True)
+    if cfg.turns:
         turns.give()
+    return value
 
 
 @jit
-def _product(x, weights, n, PART: gl.constexpr, zero):
-    """Issue the product with a part of tile n of the weights."""
-    return warpgroup_mma(x, weights.part(n, PART).permute((1, 0)), zero, use_acc=False, is_async=True)
-
-
-@jit
-def _share(rings, scales, groups, counts, done, end, place, CID: gl.constexpr, cfg: gl.constexpr):
+def _share(rings, turns, done, end, CID: gl.constexpr, cfg: gl.constexpr):
     """Sums `[64, part_columns]` of each part of a warpgroup's share of a tile."""
     rows, weights = rings[0], rings[1]
-    turns = turns_of(CID, cfg)
     LAYOUT: gl.constexpr = accumulator_layout(cfg.part_columns, cfg.bits)
     PARTS: gl.constexpr = cfg.subtiles
     FIRST: gl.constexpr = 0 if cfg.split_rows else CID * PARTS
-    ASIDE: gl.constexpr = cfg.scale_rows > 0 and not cfg.copied
-    last = (counts.depth + cfg.block_k - 1) // cfg.block_k - 1
     sums = ()
-    factors = ()
     for _ in gl.static_range(PARTS):
         sums = sums + (gl.full([64, cfg.part_columns], 0.0, gl.float32, LAYOUT),)
-    if ASIDE:
-        sources = sources_of(scales, groups, place, counts, LAYOUT, cfg)
-        factors = factors_at(scales, sources, 0, cfg)
     zero = gl.full([64, cfg.part_columns], 0.0, gl.float32, LAYOUT)
     for n in range(done, end):
         rows.wait(n)
         x = rows.part(n, CID if cfg.split_rows else 0)
-        now = factors
-        if cfg.copied:
-            now = factors_here(rings[2], rows.stage(n), cfg.row_share * CID, FIRST, LAYOUT, cfg)
+        factors = ()
+        if cfg.scale_rows > 0:
+            factors = factors_here(rings[2], rows.stage(n), cfg.row_share * CID, FIRST, LAYOUT, cfg)
         newer = ()
         for i in gl.static_range(PARTS - 1):
-            take_turn(turns, cfg)
-            value = _product(x, weights, n, FIRST + i, zero)
-            give_turn(turns, 1, cfg)
+            value = _product(x, weights, n, FIRST + i, zero, turns, cfg)
             value = warpgroup_mma_wait(0, deps=[value])
-            give_turn(turns, 2, cfg)
             if cfg.scale_rows > 0:
-                value = value * factor_of_part(now, i, cfg)[:, None]
+                value = value * (factors[0] * factors[i + 1])[:, None]
             newer = newer + (sums[i] + value,)
             # Passes at once. Its loop ends a basic block, which keeps the compiler from computing two parts' sums at
             # once: their registers would spill.
             rows.wait(n)
-        take_turn(turns, cfg)
-        value = _product(x, weights, n, FIRST + PARTS - 1, zero)
-        give_turn(turns, 1, cfg)
+        value = _product(x, weights, n, FIRST + PARTS - 1, zero, turns, cfg)
         if cfg.scale_rows > 0:
-            factor = factor_of_part(now, PARTS - 1, cfg)
-        if ASIDE:
-            # The next scales come beside the last product.
-            factors = factors_at(scales, sources, gl.minimum(n + 1 - done, last), cfg)
+            factor = factors[0] * factors[PARTS]
         value = warpgroup_mma_wait(0, deps=[value])
-        give_turn(turns, 2, cfg)
         rows.release(n)
         if cfg.scale_rows > 0:
             value = value * factor[:, None]
@@ -94,15 +64,15 @@ def _share(rings, scales, groups, counts, done, end, place, CID: gl.constexpr, c
 
 
 @jit
-def _pass(rows, begin, end, CID: gl.constexpr, cfg: gl.constexpr):
+def _pass(rows, turns, begin, end, cfg: gl.constexpr):
     """Tiles of which this warpgroup needs nothing: hand the stages back, and the turns on."""
     PARTS: gl.constexpr = cfg.subtiles
-    turns = turns_of(CID, cfg)
     for n in range(begin, end):
         rows.wait(n)
-        for _ in gl.static_range(PARTS):
-            take_turn(turns, cfg)
-            give_turn(turns, cfg.turns, cfg)
+        if cfg.turns:
+            for _ in gl.static_range(PARTS):
+                turns.take()
+                turns.give()
         rows.release(n)
 
 
@@ -121,16 +91,15 @@ def _write_sums(sums, staging, o_desc, target, finish, groups, place, counts, cf
 
 
 @jit
-def scaled_consumer(o_desc, rings, staging, target, finish, groups, counts, scales, CID: gl.constexpr,
-                    cfg: gl.constexpr):  # fmt: skip
+def scaled_consumer(o_desc, rings, staging, target, finish, groups, counts, CID: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup's share of every tile."""
     rows = rings[0]
     ROW: gl.constexpr = cfg.row_share * CID
     COLUMN: gl.constexpr = cfg.column_share * CID
     steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
     done = 0
-    turns = turns_of(CID, cfg)
-    if cfg.turns > 0:
+    turns = Turns(FIRST_BARRIER + cfg.stages, CID, cfg.consumers)
+    if cfg.turns:
         turns.begin()
     for t in range(0, rounds(groups, counts, CONSUMER_WARPS, cfg)):
         group, first, rest, column_tile = nth_tile(groups, counts, t, CONSUMER_WARPS, cfg)
@@ -139,12 +108,12 @@ def scaled_consumer(o_desc, rings, staging, target, finish, groups, counts, scal
         if ROW > 0:
             # The group may have ended among the rows of the warpgroups before this one.
             end = gl.where(rest > ROW, end, done)
-        sums = _share(rings, scales, groups, counts, done, end, place, CID, cfg)
+        sums = _share(rings, turns, done, end, CID, cfg)
         if ROW > 0:
-            _pass(rows, end, done + steps, CID, cfg)
+            _pass(rows, turns, end, done + steps, cfg)
         if rest > ROW:
             _write_sums(sums, staging, o_desc, target, finish, groups, place, counts, cfg)
         done += steps
-    if cfg.turns > 0:
+    if cfg.turns:
         turns.end()
     tma_store_wait(0)
