@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -117,6 +118,35 @@ def test_every_tile(every_tile: Each, rng: random.Random, dtype: torch.dtype, st
         if stored == "kn":
             problem = replace(problem, weights=Weights(transposed(problem.weights.values)))
         check(problem, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("activation", [None, "swiglu"])
+def test_gathered_rows_of_every_tile(
+    every_tile: Each, rng: random.Random, dtype: torch.dtype, activation: str | None
+) -> None:
+    """Copied row by row from places all over, some of them twice; K of one tile, and of more than are in flight."""
+    for name, k in product(every_tile(16), (64, 1280)):
+        problem = plain([*drawn_sizes(rng, 4, 300), 70], 336, k)
+        indices = torch.randint(0, 333, (problem.num_rows,), device=DEVICE).to(dtype)
+        indices[problem.num_rows - 3 :] = -(2**30)  # of no group: not to be followed
+        wide = normal(333, k + 24)[:, 8 : 8 + k]
+        problem = replace(problem, rows=Rows(wide, problem.rows.indptr, indices))
+        check(with_epilogue(problem, activation, True) if activation else problem, f"{name}, K {k}")
+
+
+def test_gathered_rows_without_weights(every_tile: Each) -> None:
+    """A negative number of weights gives zeros, in spite of NaN in the rows."""
+    for name in every_tile(16):
+        problem = plain([20, 133, 64], 256, 256)
+        indices = torch.arange(problem.num_rows, device=DEVICE).flip(0)
+        weights = problem.weights._replace(indices=torch.tensor([2, -1, 0], device=DEVICE))
+        values = problem.rows.values.clone()
+        values[problem.num_rows - 153 : problem.num_rows - 20] = float("nan")
+        out = poisoned((problem.num_rows, 256), torch.float16, DEVICE)
+        gemm.grouped_gemm(Rows(values, problem.rows.indptr, indices), weights, out=out)
+        assert (out[20:153] == 0).all(), name
+        assert out[:20].isfinite().all() and out[153:217].isfinite().all(), name
 
 
 # bf16 holds what gelu gives far below 0, where the oracle's erf has long been -1.

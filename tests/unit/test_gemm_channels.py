@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.unit import test_channels
 from tests.unit.hopper_model import (
     Box,
     Gpu,
@@ -44,8 +45,8 @@ from tests.unit.test_channels import (
     wait_for_the_other_phase,
 )
 
-FIRST_BARRIER, PRODUCER_THREADS = 6, 32
-# Of an mbarrier of tiles whose scales are copied: the announcement of TMA's bytes, and the copying warp.
+FIRST_BARRIER, PRODUCER_THREADS, COPYING_THREADS = 6, 32, 128
+# Of an mbarrier of tiles whose rows or scales are copied: the announcement of TMA's bytes, and the copying warps.
 ARRIVALS = 2
 
 
@@ -63,6 +64,7 @@ class Config(NamedTuple):
     block_m: int = 8
     out_part: int = 1
     scale_rows: int = 0
+    gathered: bool = False
     turns: bool = False
 
     @property
@@ -128,7 +130,7 @@ def copy_scales(tiles: tuple[Scales, Scales], stage: int, place: tuple[int, int]
         yield copy_load(Part([of_parts.index(stage * PARTS + i)]), (f"SW{i}", *place))
 
 
-def producer(rings: Rings, tiles: list[int], cfg: Config) -> Steps:
+def _tma_producer(rings: Rings, tiles: list[int], cfg: Config) -> Steps:
     x_desc, w_desc = "X", "W"
     rows, weights = rings[0], rings[1]
     steps = cfg.steps
@@ -143,6 +145,23 @@ def producer(rings: Rings, tiles: list[int], cfg: Config) -> Steps:
             if cfg.scale_rows > 0:
                 yield from copy_scales(rings[2], rows.stage(n), (t, k))
                 yield from rows.deliver(n)
+        done += steps
+    yield from rows.drain(done)
+
+
+def _copying_producer(rings: Rings, tiles: list[int], cfg: Config) -> Steps:
+    w_desc = "W"
+    rows, weights = rings[0], rings[1]
+    steps = cfg.steps
+    done = 0
+    for t in range(0, len(tiles)):
+        for k in range(0, steps):
+            n = done + k
+            yield from rows.acquire(n)
+            yield from weights.expect(n)
+            yield from _load_weights(w_desc, weights, n, (t, k))
+            yield copy_load(Part([rows.box(n, 0)]), ("X", t, k))
+            yield from rows.deliver(n)
         done += steps
     yield from rows.drain(done)
 
@@ -313,15 +332,16 @@ def scaled_consumer(rings: Rings, staging: Staging, tiles: list[int], CID: int, 
 
 def grouped_kernel(gpu: Gpu, tiles: list[int], cfg: Config) -> None:
     """Run one program to its end and look at what it leaves. tiles: the rows of its group from each on."""
-    shared = (cfg.stages, FIRST_BARRIER, PRODUCER_THREADS)
+    shared = (cfg.stages, FIRST_BARRIER, COPYING_THREADS if cfg.gathered else PRODUCER_THREADS)
     row_parts = cfg.consumers if cfg.split_rows else 1
     weight_parts = (1 if cfg.split_rows else cfg.consumers) * cfg.subtiles
-    rows = Ring(shared[0], row_parts, 1, *shared[1:], False, cfg.consumers)
-    if cfg.scale_rows > 0:
+    rows = Ring(shared[0], row_parts, 1, *shared[1:], cfg.gathered, cfg.consumers)
+    if cfg.gathered or cfg.scale_rows > 0:
         rows.full = Barriers(mbarrier(ARRIVALS) for _ in range(cfg.stages))
     weights = Ring(shared[0], weight_parts, 1, *shared[1:], False, cfg.consumers, beside=rows)
     rings = rows, weights, (Scales(rows, 1), Scales(rows, weight_parts))
-    gpu.start("producer", 1, producer(rings, tiles, cfg))
+    warps, producer = (4, _copying_producer) if cfg.gathered else (1, _tma_producer)
+    gpu.start("producer", warps, producer(rings, tiles, cfg))
     consumer = scaled_consumer if cfg.scaled else plain_consumer
     for CID in range(cfg.consumers):
         gpu.start(f"consumer {CID}", 4, consumer(rings, Staging(), tiles, CID, cfg))
@@ -353,6 +373,7 @@ PLAIN = [
     for consumers, split_rows in ((2, True), (2, False), (1, True))
     for out_parts, steps in ((1, 1), (2, 5))
 ]
+GATHERED = [cfg._replace(gathered=True) for cfg in PLAIN if cfg.consumers == 2]
 SCALED = [
     Config(stages, consumers, split_rows, True, gated, subtiles, steps=steps)
     for stages in (2, 6)
@@ -364,7 +385,7 @@ COPIED = [cfg._replace(scale_rows=1) for cfg in SCALED]
 TURNS = [cfg._replace(turns=True, stages=stages) for cfg in COPIED if cfg.consumers == 2 for stages in (cfg.stages, 8)]
 
 
-@pytest.mark.parametrize("cfg", PLAIN + SCALED + COPIED + TURNS, ids=str)
+@pytest.mark.parametrize("cfg", PLAIN + GATHERED + SCALED + COPIED + TURNS, ids=str)
 def test_random_schedules(cfg: Config, rng: random.Random) -> None:
     for _ in range(15):
         grouped_kernel(Gpu(rng), draw_tiles(rng, cfg), cfg)
@@ -375,6 +396,7 @@ def pass_no_turns(rows: Ring, turns: Turns, begin: int, end: int, cfg: Config) -
 
 
 HERE = sys.modules[__name__]
+ROWS = Config(gathered=True)
 BLOCKS = Config(scaled=True, subtiles=2, scale_rows=1, turns=True)
 MUTANTS = {
     "released before the read completed": (HERE, "warpgroup_mma_wait", no_wait, Config(), "while it is read"),
@@ -398,6 +420,10 @@ MUTANTS = {
     "keeps the turn": (Turns, "give", no_steps, BLOCKS, "deadlock"),
     "nobody begins": (Turns, "begin", no_steps, BLOCKS, "deadlock"),
     "nobody takes the last turn": (Turns, "end", no_steps, BLOCKS, "half counted"),
+    "copying warps not counted": (HERE, "COPYING_THREADS", 32, ROWS, "more threads at a barrier than it counts"),
+    "copies without a fence": (test_channels, "fence_async_shared", partition_barrier, ROWS, "before a fence"),
+    "rows not delivered": (Ring, "deliver", no_steps, ROWS, "deadlock"),
+    "rows delivered before they land": (Ring, "deliver", deliver_at_once, ROWS, "reads"),
     "too many counted": (HERE, "PRODUCER_THREADS", 64, Config(), "deadlock"),
 }
 
@@ -412,7 +438,7 @@ def test_mutants_fail(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 HOPPER = Path(__file__).parents[2] / "flashinfer" / "ops" / "gemm" / "gluon_sm90"
 SOURCES = {
-    "kernel.py": ["_load_weights", "producer"],
+    "producer.py": ["_load_weights", "_tma_producer", "_copying_producer"],
     "plain.py": ["product", "skip", "_write", "_multiply", "plain_consumer"],
     "scaled.py": ["_product", "_share", "_pass", "_write_sums", "scaled_consumer"],
     "scales.py": ["copy_scales", "factors_here"],

@@ -36,7 +36,10 @@ FP4 = {"kind": "mxfp4", "weight_dtype": torch.uint8}
         (gate.BASE, {"weight_dtype": torch.float16}, "16-bit"),
         (gate.BASE, {"out_dtype": torch.float32}, "16-bit"),
         (gate.BASE, FP4, "mxfp4"),
-        (gate.BASE, {"gathered": True, "row_map": False}, "gathered"),
+        (gate.BASE, {"gathered": True}, None),
+        (gate.BASE, {"gathered": True, "k": 4128}, "64 elements at a time"),
+        (gate.BASE, {"gathered": True, "row_map": False}, "rows: .* multiples of 16 bytes"),
+        (gate.BLOCK, {"gathered": True}, "gathered"),
         (gate.BASE, {"row_map": False}, "rows: .* multiples of 16 bytes"),
         (gate.BASE, {"weight_map": False}, "weights: .* multiples of 16 bytes"),
         (gate.BASE, {"out_map": False}, "out: .* multiples of 16 bytes"),
@@ -65,7 +68,7 @@ def test_other_architectures_and_compilers_are_refused() -> None:
 
 def test_auto_prefers_it() -> None:
     assert select(IMPLS, gate.BASE, HOPPER).name == select(IMPLS, gate.BASE, HOPPER, "fa3").name == "gluon_sm90"
-    assert select(IMPLS, gate.BASE._replace(gathered=True), HOPPER).name == "triton"
+    assert select(IMPLS, gate.BASE._replace(gathered=True, row_map=False), HOPPER).name == "triton"
 
 
 # ---- Configurations
@@ -175,7 +178,7 @@ def test_the_launch_is_the_one_that_the_gate_compiles(kind, activation, monkeypa
     assert list(compiled.signature) == list(arguments)
     cfg = compiled.constexprs[list(arguments).index("cfg"),]
     assert cfg == arguments["cfg"]
-    for name in ("x_desc", "w_desc", "o_desc"):
+    for name in ("x_source", "w_desc", "o_desc"):
         made_map = arguments[name]
         assert str(list(made_map.block_shape)) in compiled.signature[name]
         assert repr(made_map.layout) in compiled.signature[name]

@@ -168,7 +168,7 @@ class Gemm(NamedTuple):
             transposed=matrices.stride(2) != 1 and matrices.shape[2] > 1,
             scale_rows=shared_by(values.shape[0], rows.scale.shape[0]) if blocks and rows.scale is not None else 0,
             scale_cols=shared_by(n, weights.scale.shape[1]) if blocks and weights.scale is not None else 0,
-            row_map=rows.indices is None and mappable(values),
+            row_map=mappable(values),
             weight_map=mappable(matrices) or mappable(matrices.transpose(1, 2)),
             out_map=mappable(out),
             bias=epilogue.bias is not None,

@@ -12,6 +12,8 @@ from flashinfer.ops.gemm.spec import FP8_BLOCK, GemmSpec
 # Triton releases whose code for the Hopper kernel was run.
 HOPPER_TRITON = "3.6."
 HOPPER_DTYPES = (torch.float16, torch.bfloat16)
+# Elements of a gathered row in a tile.
+COPIED_DEPTH = 64
 # Pairs of up and gate go to registers in blocks of so many columns, fp8 ones with a scale of their own.
 HALF_PAIRS, FP8_PAIRS = 8, 128
 
@@ -59,11 +61,15 @@ def _operand_problem(spec: GemmSpec) -> str | None:
 
 
 def _layout_problem(spec: GemmSpec) -> str | None:
-    if spec.gathered:
-        return "tensor maps bring neighbouring rows, these are gathered"
+    if spec.gathered and spec.row_dtype not in HOPPER_DTYPES:
+        return "tensor maps bring neighbouring rows, and 16-bit ones are copied; these are gathered"
+    if spec.gathered and spec.k % COPIED_DEPTH:
+        return f"gathered rows are copied {COPIED_DEPTH} elements at a time, they have {spec.k}"
     for name, usable in (("rows", spec.row_map), ("weights", spec.weight_map), ("out", spec.out_map)):
         if not usable:
-            return f"{name}: a tensor map wants its address and all strides but the innermost in multiples of 16 bytes"
+            return (
+                f"{name}: address and all strides but the innermost must be in multiples of 16 bytes, for tensor maps"
+            )
     if spec.transposed and spec.row_dtype.itemsize == 1:
         return "tensor cores read fp8 along K only, the weights' stride of 1 is that of N"
     return None

@@ -25,6 +25,8 @@ MANY_BLOCK = 128
 # By consumers and programs a multiprocessor: what each thread starts with of its 65,536 registers, then what a thread
 # of a consumer has (the first takes what is left), and one of the producer.
 REGISTERS = {(2, 1): (168, 232, 40), (2, 2): (80, 96, 48), (1, 1): (152, 0, 40)}
+# The same where a warpgroup copies rows.
+COPY_REGISTERS = {(2, 1): (168, 216, 72), (2, 2): (80, 88, 64)}
 # Columns stored at once, at most.
 OUT_PART = 128
 # Columns of an accumulator that fp8 sums beside them leave registers for.
@@ -145,7 +147,8 @@ def _configured(spec: GemmSpec, load: Workload, tile: Tile | None) -> Launch:
     tile = tile or tuned().get((bits, load.height, spec.gated, load.few))
     tile = tile or TILES[RULES[load.height, bits][load.few], bits]
     kernel = configured(spec, tile, load.groups, load.finishes)
-    return Launch(kernel, REGISTERS[tile.consumers, tile.per_sm], tile.per_sm)
+    registers = (COPY_REGISTERS if spec.gathered else REGISTERS)[tile.consumers, tile.per_sm]
+    return Launch(kernel, registers, tile.per_sm)
 
 
 def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmConfig:
@@ -173,6 +176,7 @@ def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmC
         scale_rows=spec.scale_rows,
         gate_block=gate_block if spec.gated else 0,
         finishes=finishes,
+        gathered=spec.gathered,
         activation=PAIRED[spec.activation] if spec.gated else SINGLE[spec.activation],
         turns=tile.turns and tile.consumers == 2 and spec.scale_rows > 0,
     )

@@ -1,4 +1,4 @@
-"""Grouped matrix products on Hopper: one producer warp, one or two consumer warpgroups, programs that stay.
+"""Grouped matrix products on Hopper: one producer, one or two consumer warpgroups, programs that stay.
 
 out[r] = rows[r] @ weights[group of r]^T. A tile has `block_m` rows of one group. Warpgroups of 64 rows each share its
 weights, or warpgroups of all rows share the columns among them; where groups are small the weights take the tensor
@@ -19,20 +19,19 @@ from flashinfer.device.gluon import (
     mbarrier,
     reinterpret,
     release_grids,
-    tma_load,
     wait_for_grids,
 )
 from flashinfer.ops.gemm.gluon_sm90.plain import CONSUMER_WARPS, plain_consumer
+from flashinfer.ops.gemm.gluon_sm90.producer import producer
 from flashinfer.ops.gemm.gluon_sm90.scaled import scaled_consumer
-from flashinfer.ops.gemm.gluon_sm90.scales import copy_scales, scale_tiles
-from flashinfer.ops.gemm.gluon_sm90.schedule import Counts, nth_tile, rounds, weights_of
+from flashinfer.ops.gemm.gluon_sm90.scales import scale_tiles
+from flashinfer.ops.gemm.gluon_sm90.schedule import Counts
 
-PRODUCER_WARPS = gl.constexpr(1)
 # Bytes of K in a tile: a TMA box is at most that wide under the widest swizzle.
 DEPTH_BYTES = 128
 FP8_BITS = 8
-# A coordinate past every tensor: TMA fills the box with zeros.
-NOWHERE = gl.constexpr(0x7F000000)
+# Warps that bring tiles: one asks TMA, a warpgroup copies.
+TMA_WARPS, COPY_WARPS = 1, 4
 
 
 class Shape(NamedTuple):
@@ -52,8 +51,8 @@ class GemmConfig:
     rows worked on side by side. group_block: groups looked at at once, 0 where there is one group; many_groups: there
     are more than that. bits: of an operand's element. n_major: weights are [W, K, N]. scale_rows: rows that share a
     scale, 0 without block scales. gate_block: of pairs, the columns of up that stand in shared memory before those of
-    their gates. finishes: whether anything is done to the sums. activation: a jitted function or None. turns: two
-    warpgroups issue fp8 products in turn.
+    their gates. finishes: whether anything is done to the sums. gathered: rows are copied to their places, else they
+    come by TMA. activation: a jitted function or None. turns: two warpgroups issue fp8 products in turn.
     """
 
     block_m: int
@@ -72,6 +71,7 @@ class GemmConfig:
     scale_rows: int
     gate_block: int
     finishes: bool
+    gathered: bool
     activation: Any
     turns: bool
 
@@ -79,6 +79,14 @@ class GemmConfig:
     def scaled(self) -> bool:
         """Whether sums are added up in fp32 registers."""
         return self.bits == FP8_BITS
+
+    @property
+    def producer_warps(self) -> int:
+        return COPY_WARPS if self.gathered else TMA_WARPS
+
+    @property
+    def producer_threads(self) -> int:
+        return 32 * self.producer_warps
 
     @property
     def gated(self) -> bool:
@@ -115,47 +123,6 @@ class GemmConfig:
 
 
 @jit
-def _load_weights(w_desc, weights, n, which, column, k, cfg: gl.constexpr):
-    """Tile n of the weights: those of output columns from `column` on, K from k on."""
-    BOXES: gl.constexpr = weights.BOXES
-    for i in gl.static_range(BOXES):
-        if cfg.gated:
-            where = [which, column // cfg.gate_block, 0, 0, k]
-        elif cfg.n_major:
-            where = [which, k, column + i * cfg.block_k]
-        else:
-            where = [which, column, k]
-        tma_load(w_desc, where, weights.landing(n), weights.box(n, i))
-
-
-@jit
-def producer(descs, rings, groups, counts, scales, cfg: gl.constexpr):
-    """One warp: the rows and weights of every tile, by TMA, and copies of their scales."""
-    x_desc, w_desc = descs
-    rows, weights = rings[0], rings[1]
-    steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
-    done = 0
-    for t in range(0, rounds(groups, counts, PRODUCER_WARPS, cfg)):
-        tile = nth_tile(groups, counts, t, PRODUCER_WARPS, cfg)
-        group, row, column = tile[0], tile[1], tile[3] * cfg.out_columns
-        which = weights_of(groups, group)
-        place = (which, row, column)
-        # Without weights the product is 0 of zeros: NaN in the rows must not come through.
-        row = gl.where(which < 0, NOWHERE, row)
-        for k in range(0, steps):
-            n = done + k
-            rows.acquire(n)
-            rows.expect(n, weights.BYTES)
-            _load_weights(w_desc, weights, n, which, column, k * cfg.block_k, cfg)
-            tma_load(x_desc, [row, k * cfg.block_k], rows.landing(n), rows.box(n, 0))
-            if cfg.scale_rows > 0:
-                copy_scales(rings[2], rows.stage(n), scales, place, k, counts, cfg)
-                rows.deliver(n)
-        done += steps
-    rows.drain(done)
-
-
-@jit
 def consumer(o_desc, rings, outputs, target, finish, groups, counts, CID: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup's share of every tile."""
     if cfg.scaled:
@@ -175,10 +142,11 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
     """Those of the rows and of the weights, whose tiles come and go together; with block scales, also these' memory."""
     SHARED: gl.constexpr = shared_layout(cfg.block_k, cfg.bits)
     STAGES: gl.constexpr = cfg.stages
+    # TMA's bytes, and each thread that copies, rows or scales.
+    ARRIVALS: gl.constexpr = 1 + cfg.producer_threads if cfg.gathered or cfg.scale_rows > 0 else 1
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        # Of scales, every thread says when what it copied has landed.
-        mbarrier.init(full.index(i), count=1 + 32 * PRODUCER_WARPS if cfg.scale_rows > 0 else 1)
+        mbarrier.init(full.index(i), count=ARRIVALS)
     x = gl.allocate_shared_memory(x_type, [STAGES, cfg.block_m, cfg.block_k], SHARED)
     x_parts = x
     if cfg.split_rows:
@@ -191,8 +159,9 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
     else:
         w_boxes = gl.allocate_shared_memory(x_type, [STAGES, cfg.block_n, cfg.block_k], SHARED)
         w_parts = reinterpret(w_boxes, x_type, [WEIGHT_PARTS, cfg.part_columns, cfg.block_k], SHARED)
-    rows = Ring(x_parts, x, full, STAGES, FIRST_BARRIER, cfg.consumers, 32 * PRODUCER_WARPS, False)
-    weights = Ring(w_parts, w_boxes, full, STAGES, FIRST_BARRIER, cfg.consumers, 32 * PRODUCER_WARPS, False)
+    THREADS: gl.constexpr = cfg.producer_threads
+    rows = Ring(x_parts, x, full, STAGES, FIRST_BARRIER, cfg.consumers, THREADS, cfg.gathered)
+    weights = Ring(w_parts, w_boxes, full, STAGES, FIRST_BARRIER, cfg.consumers, THREADS, False)
     if cfg.scale_rows > 0:
         return rows, weights, scale_tiles(cfg)
     else:
@@ -200,29 +169,30 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
 
 
 @jit(do_not_specialize=["num_rows", "num_groups"])
-def grouped_kernel(x_desc, w_desc, o_desc, target, finish, groups, num_rows, num_groups, shape, scales,
+def grouped_kernel(x_source, w_desc, o_desc, target, finish, groups, num_rows, num_groups, shape, scales,
                    cfg: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):  # fmt: skip
     """Grid: as many programs as stay, or as there are tiles.
 
-    Descriptors: rows `[rows, K]`; weights `[W, N, K]`, n_major `[W, K, N]`, gated `[W, N / 2 / gate_block, 2,
-    gate_block, K]`; out `[rows, columns]`; for their boxes see `launch.boxes`. target: `Target`; finish: `Finish`, or
-    None; groups: `Groups`; shape: `Shape`; scales: `Scales`, or None.
+    x_source: a map of rows `[rows, K]`, or `Scattered`. Descriptors: weights `[W, N, K]`, n_major `[W, K, N]`,
+    gated `[W, N / 2 / gate_block, 2, gate_block, K]`; out `[rows, columns]`; for their boxes see `launch.boxes`.
+    target: `Target`; finish: `Finish`, or None; groups: `Groups`; shape: `Shape`; scales: `Scales`, or None.
     """
     counts = Counts(num_rows, num_groups, shape.columns, shape.depth)
-    rings = _rings(x_desc.dtype, cfg)
+    rings = _rings(w_desc.dtype, cfg)
     OUT: gl.constexpr = shared_layout(cfg.out_part, 16)
     outputs = gl.allocate_shared_memory(o_desc.dtype, [cfg.consumers, cfg.out_rows, cfg.out_part], OUT)
     fence_async_shared()
     # The next launch may begin where this one leaves room, and waits in this place for the end of this one.
     release_grids()
     wait_for_grids()
-    descs = (x_desc, w_desc)
+    sources = (x_source, w_desc)
+    PRODUCER_WARPS: gl.constexpr = cfg.producer_warps
     if cfg.consumers == 2:
         gl.warp_specialize(
             [
                 (consumer, (o_desc, rings, outputs, target, finish, groups, counts, 0, cfg)),
                 (consumer, (o_desc, rings, outputs, target, finish, groups, counts, 1, cfg)),
-                (producer, (descs, rings, groups, counts, scales, cfg)),
+                (producer, (sources, rings, groups, counts, scales, cfg)),
             ],
             [CONSUMER_WARPS, PRODUCER_WARPS],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -231,7 +201,7 @@ def grouped_kernel(x_desc, w_desc, o_desc, target, finish, groups, num_rows, num
         gl.warp_specialize(
             [
                 (consumer, (o_desc, rings, outputs, target, finish, groups, counts, 0, cfg)),
-                (producer, (descs, rings, groups, counts, scales, cfg)),
+                (producer, (sources, rings, groups, counts, scales, cfg)),
             ],
             [PRODUCER_WARPS],
             [PRODUCER_REGISTERS],

@@ -15,6 +15,7 @@ from flashinfer.device.gluon import gl
 from flashinfer.ops.gemm.gluon_sm90.configs import Launch, choose
 from flashinfer.ops.gemm.gluon_sm90.epilogue import Target
 from flashinfer.ops.gemm.gluon_sm90.kernel import GemmConfig, Shape, grouped_kernel
+from flashinfer.ops.gemm.gluon_sm90.producer import COPY, Scattered
 from flashinfer.ops.gemm.gluon_sm90.scales import Scales
 from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
 from flashinfer.ops.gemm.spec import Gemm, GemmSpec, Rows, Weights
@@ -37,8 +38,11 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
         groups = Groups(rows.indptr, rows.lengths, indices, 0 if indices is None else indices.stride(0))
         target = Target(out, out.stride(0))
         scales = scales_of(rows, weights) if spec.kind == "fp8_block" else None
+        x_map, *maps = maps_of(config, tensors)
+        scattered = scattered_of(rows)
         arguments = (
-            *maps_of(config, tensors),
+            x_map if scattered is None else scattered,
+            *maps,
             target,
             finish,
             groups,
@@ -50,7 +54,7 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
             consumer,
             producer,
         )
-        key = _key(spec, launch, target, finish, groups, scales)
+        key = _key(spec, launch, target, finish, groups, scales, scattered)
         grid = (grid_of(launch, spec, arch, num_rows, num_groups), 1, 1)
         _launch(grid, key, arguments, out.device, num_warps=4, maxnreg=start, launch_pdl=True)
 
@@ -117,6 +121,12 @@ def tensor_map(x: torch.Tensor, shape: list[int], strides: list[int], box: Box) 
 
 
 # ---- The other arguments
+
+
+def scattered_of(rows: Rows) -> Scattered | None:
+    if rows.indices is None:
+        return None
+    return Scattered(rows.values, rows.values.stride(0) // COPY.value, rows.indices)
 
 
 def scales_of(rows: Rows, weights: Weights) -> Scales:

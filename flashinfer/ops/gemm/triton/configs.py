@@ -154,7 +154,7 @@ def _configured(
         single=single,
         shared_room=spec.layout == "equal" and single,
         swap=tile.swap,
-        row_map=spec.row_map and maps,
+        row_map=spec.row_map and maps and not spec.gathered,
         weight_map=spec.weight_map and maps,
         out_map=spec.out_map and maps,
         transposed=spec.transposed,

@@ -9,16 +9,23 @@ import torch
 import triton
 import triton.language as tl
 
+from flashinfer.device.early import wait_for_launch_before
+
 
 @dataclass(frozen=True)
 class CombineConfig:
-    """splits: parts whose sum a row is. block: columns of a program."""
+    """splits: parts whose sum a row is. block: columns of a program. together: pairs whose rows it reads at once.
+
+    early: see `device/early`.
+    """
 
     hidden_size: int
     num_experts: int
     top_k: int
     splits: int
     block: int
+    together: int
+    early: bool
 
 
 class Parts(NamedTuple):
@@ -37,25 +44,28 @@ def combine_kernel(out, stride_out, parts, ids, weights, first, cfg: tl.constexp
     """Grid: (tokens, blocks of columns)."""
     token = tl.program_id(0).to(tl.int64)
     offs = tl.program_id(1) * cfg.block + tl.arange(0, cfg.block)
-    mask = offs < cfg.hidden_size
     total = tl.full([cfg.block], 0.0, tl.float32)
-    TOP_K: tl.constexpr = cfg.top_k
+    TOGETHER: tl.constexpr = cfg.together
     SPLITS: tl.constexpr = cfg.splits
-    for j in tl.static_range(TOP_K):
-        pair = token * cfg.top_k + j
-        expert = tl.load(ids + pair) - first
-        held = (expert >= 0) & (expert < cfg.num_experts)
-        row = pair
-        if parts.rows is not None:
-            row = tl.load(parts.rows + pair).to(tl.int64)
-        exists = offs < tl.where(held, cfg.hidden_size, 0)
-        begin = parts.y + row * cfg.hidden_size + offs
-        y = tl.full([cfg.block], 0.0, tl.float32)
-        for s in tl.static_range(SPLITS):
-            y += tl.load(begin + s * parts.split_stride, mask=exists, other=0.0).to(tl.float32)
-        if parts.bias is not None:
-            at = parts.bias + expert.to(tl.int64) * parts.bias_stride + offs
-            y += tl.load(at, mask=exists, other=0.0).to(tl.float32)
-        # What is not held adds nothing, whatever its weight is.
-        total += tl.where(held, tl.load(weights + pair) * y, 0.0)
-    tl.store(out + token * stride_out + offs, total.to(out.dtype.element_ty), mask=mask)
+    wait_for_launch_before(cfg.early)
+    # A loop over all, not unrolled: 64 rows read at once would take more registers than there are.
+    for begin in tl.range(0, cfg.top_k, TOGETHER, loop_unroll_factor=1):
+        for i in tl.static_range(TOGETHER):
+            inside = begin + i < cfg.top_k
+            pair = token * cfg.top_k + begin + i
+            expert = tl.load(ids + pair, mask=inside, other=-1) - first
+            held = inside & (expert >= 0) & (expert < cfg.num_experts)
+            row = pair
+            if parts.rows is not None:
+                row = tl.load(parts.rows + pair, mask=held, other=0).to(tl.int64)
+            exists = offs < tl.where(held, cfg.hidden_size, 0)
+            at = parts.y + row * cfg.hidden_size + offs
+            y = tl.full([cfg.block], 0.0, tl.float32)
+            for s in tl.static_range(SPLITS):
+                y += tl.load(at + s * parts.split_stride, mask=exists, other=0.0).to(tl.float32)
+            if parts.bias is not None:
+                at_bias = parts.bias + expert.to(tl.int64) * parts.bias_stride + offs
+                y += tl.load(at_bias, mask=exists, other=0.0).to(tl.float32)
+            # What is not held adds nothing, whatever its weight is.
+            total += tl.where(held, tl.load(weights + pair, mask=inside, other=0.0) * y, 0.0)
+    tl.store(out + token * stride_out + offs, total.to(out.dtype.element_ty), mask=offs < cfg.hidden_size)

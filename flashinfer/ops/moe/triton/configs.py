@@ -9,8 +9,10 @@ import triton
 
 from flashinfer.core.arch import Arch
 from flashinfer.core.tuning import generation, tuned
-from flashinfer.ops.moe.spec import MoESpec
+from flashinfer.ops.moe.spec import BLOCK, MoESpec
+from flashinfer.ops.moe.triton.combine import CombineConfig
 from flashinfer.ops.moe.triton.few import FewConfig
+from flashinfer.ops.moe.triton.prepare import RowsConfig
 from flashinfer.ops.moe.triton.sort import SortConfig
 
 # Up to so many tokens the time is that of reading weights, and `few_kernel` runs.
@@ -25,6 +27,13 @@ SORT_BLOCK = 512
 MAX_SORT_BLOCKS = 256
 SORT_TILE = 8192
 WARPS_SORT = 8
+# Bytes of weights that a program asks for before it waits: what the memory sends while one launch follows another.
+AHEAD_BYTES = 65_536
+# Parts of rows that a program of the last sum reads at once, and columns of it.
+TOGETHER = 16
+COMBINE_BLOCK = 1024
+# Rows of a program that brings them into order: a few wide ones where they are copied.
+ROWS_QUANTISED, ROWS_COPIED, COPIED_COLUMNS = 16, 4, 1024
 
 
 class Tiles(NamedTuple):
@@ -141,13 +150,35 @@ def few_config(spec: MoESpec, arch: Arch, tokens: int, tiles: Tiles, first: bool
         native_fp8=arch.converts_to_fp8,
         fp4_pairs=arch.is_nvidia,
         num_stages=tiles.num_stages,
+        early=arch.launches_early,
+        ahead=ahead_of(spec, arch, tiles, first),
     )
 
 
-def sort_config(spec: MoESpec) -> SortConfig:
+def ahead_of(spec: MoESpec, arch: Arch, tiles: Tiles, first: bool) -> int:
+    """Columns of weights to ask for early; the first product follows another launch only where x is quantised."""
+    if not arch.launches_early or (first and spec.kind != "fp8_block"):
+        return 0
+    bits = 4 if spec.kind == "mxfp4" else 8 * spec.weight_dtype.itemsize
+    return AHEAD_BYTES // tiles.block_r * 8 // bits
+
+
+def combine_config(spec: MoESpec, arch: Arch, splits: int) -> CombineConfig:
+    block = min(COMBINE_BLOCK, max(128, int(triton.next_power_of_2(spec.hidden_size))))
+    together = min(max(1, TOGETHER // splits), spec.top_k)
+    return CombineConfig(spec.hidden_size, spec.num_experts, spec.top_k, splits, block, together, arch.launches_early)
+
+
+def rows_config(arch: Arch, quantise: bool) -> RowsConfig:
+    rows, columns = (ROWS_QUANTISED, BLOCK) if quantise else (ROWS_COPIED, COPIED_COLUMNS)
+    return RowsConfig(rows, columns, quantise, arch.converts_to_fp8, arch.launches_early)
+
+
+def sort_config(spec: MoESpec, arch: Arch) -> SortConfig:
     experts = max(16, int(triton.next_power_of_2(spec.num_experts)))
     chunk = max(16, min(256, SORT_TILE // experts))
-    return SortConfig(spec.num_experts, spec.top_k, experts, chunk, max(1, min(64, SORT_TILE // experts)))
+    blocks = max(1, min(64, SORT_TILE // experts))
+    return SortConfig(spec.num_experts, spec.top_k, experts, chunk, blocks, arch.launches_early)
 
 
 def sort_blocks(num_pairs: int) -> tuple[int, int]:

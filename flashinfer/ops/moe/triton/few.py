@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from flashinfer.device.decode import decode_e2m1, decode_e2m1_pairs, decode_fp8, decode_ue8m0
+from flashinfer.device.early import ask_for, let_next_launch_begin, wait_for_launch_before
 from flashinfer.device.finish import factor_of
 from flashinfer.device.fp8 import to_fp8
 
@@ -28,7 +29,9 @@ class FewConfig:
     for its own; 0: they come sorted. by_expert: program i takes expert i, else the expert of pair i if no pair before
     has the same. weights_left: weights are the left operand of the product, as Hopper's instructions like it for few
     rows. fp4: weights are mxfp4, fp4_pairs: decoded two at a time. fp8: weights and rows are e4m3. blocks: both with
-    scales of 128 columns; scale_rows: rows of the weights that share one.
+    scales of 128 columns; scale_rows: rows of the weights that share one. early: see `device/early`. ahead: columns of
+    a tile whose weights a program asks for before it waits for the launch before it, 0 where that is not one of this
+    call, or sorts its pairs.
     """
 
     first: bool
@@ -52,6 +55,8 @@ class FewConfig:
     native_fp8: bool
     fp4_pairs: bool
     num_stages: int
+    early: bool
+    ahead: int
 
 
 class Input(NamedTuple):
@@ -158,11 +163,24 @@ def multiplied(a, x, acc, cfg: tl.constexpr):
 
 
 @triton.jit
+def block_factors(x, w, at_scale, mask_r, x_row, mask_m, k, cfg: tl.constexpr):
+    """What the product of columns `k` to `k + 127` is multiplied by, fp32, in its shape."""
+    of_rows = tl.load(x.scale + x_row * x.scale_stride + k // 128, mask=mask_m, other=0.0)
+    of_weights = tl.load(at_scale + k // 128 * w.scale_k, mask=mask_r, other=0.0)
+    if cfg.weights_left:
+        return of_weights[:, None] * of_rows[None, :]
+    else:
+        return of_rows[:, None] * of_weights[None, :]
+
+
+@triton.jit
 def sums(x, w, at, at_scale, mask_r, x_row, mask_m, k_begin, k_end, cfg: tl.constexpr):
     """fp32 `[block_r, block_m]`: the weights' rows times the rows of `x`."""
     SHAPE: tl.constexpr = (cfg.block_r, cfg.block_m) if cfg.weights_left else (cfg.block_m, cfg.block_r)
     acc = tl.full(SHAPE, 0.0, tl.float32)
     at_x = x.data + x_row * x.stride
+    if cfg.blocks:
+        factor = block_factors(x, w, at_scale, mask_r, x_row, mask_m, k_begin, cfg)
     for k in tl.range(k_begin, k_end, cfg.block_k, num_stages=cfg.num_stages):
         offs_k = k + tl.arange(0, cfg.block_k)
         mask = mask_m[:, None]
@@ -171,8 +189,6 @@ def sums(x, w, at, at_scale, mask_r, x_row, mask_m, k_begin, k_end, cfg: tl.cons
         tile = weight_tile(w, at, mask_r, k, k_end, cfg)
         rows = tl.load(at_x[:, None] + offs_k[None, :], mask=mask, other=0)
         if cfg.blocks:
-            row_scale = tl.load(x.scale + x_row * x.scale_stride + k // 128, mask=mask_m, other=0.0)
-            factor = tl.load(at_scale + k // 128 * w.scale_k, mask=mask_r, other=0.0)
             part = tl.full(SHAPE, 0.0, tl.float32)
             if cfg.native_fp8:
                 # Tensor cores of Hopper sum fp8 products in few bits, of 128 here.
@@ -180,10 +196,10 @@ def sums(x, w, at, at_scale, mask_r, x_row, mask_m, k_begin, k_end, cfg: tl.cons
                 part = multiplied(left, right, part, cfg)
             else:
                 part = multiplied(from_fp8(tile, cfg), from_fp8(rows, cfg), part, cfg)
-            if cfg.weights_left:
-                acc += part * (factor[:, None] * row_scale[None, :])
-            else:
-                acc += part * (row_scale[:, None] * factor[None, :])
+            acc += part * factor
+            # Of the next block, while its weights come: products wait for nothing but those.
+            following = tl.minimum(k + cfg.block_k, k_end - 1)
+            factor = block_factors(x, w, at_scale, mask_r, x_row, mask_m, following, cfg)
         elif cfg.fp8:
             acc = multiplied(from_fp8(tile, cfg), from_fp8(rows, cfg), acc, cfg)
         elif cfg.fp4:
@@ -191,6 +207,17 @@ def sums(x, w, at, at_scale, mask_r, x_row, mask_m, k_begin, k_end, cfg: tl.cons
         else:
             acc = multiplied(tile, rows, acc, cfg)
     return acc if cfg.weights_left else acc.T
+
+
+@triton.jit
+def ask_for_weights(w, at, mask_r, k, cfg: tl.constexpr):
+    """Begin to bring `cfg.ahead` columns of a tile from column `k` on into the L2 cache."""
+    PACKED: tl.constexpr = 2 if cfg.fp4 else 1
+    LINE: tl.constexpr = 128 // (w.data.dtype.element_ty.primitive_bitwidth // 8)
+    LINES: tl.constexpr = cfg.ahead // PACKED // LINE
+    offs = k // PACKED + tl.arange(0, LINES) * LINE
+    mask = mask_r[:, None] & (offs < cfg.depth // PACKED)[None, :]
+    ask_for(tl.where(mask, at[:, None] + offs[None, :] * w.stride_k, w.data), cfg.early)
 
 
 @triton.jit
@@ -214,6 +241,9 @@ def finished(acc, finish, expert, row, mask_r, activation: tl.constexpr, cfg: tl
 def few_kernel(out, x, w, pairs, finish, num_pairs, first, activation: tl.constexpr, cfg: tl.constexpr):
     """Grid: (tiles of rows of the weights, experts or pairs, splits)."""
     slot = tl.program_id(1)
+    if cfg.ahead == 0:
+        wait_for_launch_before(cfg.early)
+        let_next_launch_begin(cfg.early)
     if cfg.scan > 0:
         expert, count, rank = mine_among(pairs, slot, num_pairs, first, cfg)
         begin = 0
@@ -239,6 +269,11 @@ def few_kernel(out, x, w, pairs, finish, num_pairs, first, activation: tl.conste
     k_end = tl.minimum(k_begin + STEPS * cfg.block_k, cfg.depth)
     COLS: tl.constexpr = cfg.block_r // 2 if cfg.gated else cfg.block_r
     offs_c = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    if cfg.ahead > 0:
+        if count > 0:
+            ask_for_weights(w, at, mask_r, k_begin, cfg)
+        wait_for_launch_before(cfg.early)
+        let_next_launch_begin(cfg.early)
     # Experts nobody goes to take no turn; one with more rows than a tile takes several, its weights from the L2 cache.
     for m in range(0, count, cfg.block_m):
         offs_m = m + tl.arange(0, cfg.block_m)

@@ -10,11 +10,17 @@ import torch
 from flashinfer.core.arch import SMEM_BYTES, Arch
 from flashinfer.device.finish import PAIRED, Finish
 from flashinfer.ops.moe.spec import MoESpec
-from flashinfer.ops.moe.triton.combine import CombineConfig, Parts, combine_kernel
-from flashinfer.ops.moe.triton.configs import WARPS_SORT, default_tiles, few_config, sort_config
+from flashinfer.ops.moe.triton.combine import Parts, combine_kernel
+from flashinfer.ops.moe.triton.configs import (
+    WARPS_SORT,
+    combine_config,
+    default_tiles,
+    few_config,
+    rows_config,
+    sort_config,
+)
 from flashinfer.ops.moe.triton.few import Input, Matrices, Output, Pairs, few_kernel
-from flashinfer.ops.moe.triton.launch import COMBINE_BLOCK, ROWS_A_PROGRAM
-from flashinfer.ops.moe.triton.prepare import Gathered, RowsConfig, cast_kernel, rows_kernel
+from flashinfer.ops.moe.triton.prepare import Gathered, cast_kernel, rows_kernel
 from flashinfer.ops.moe.triton.sort import Sorted, count_kernel, place_kernel
 from flashinfer.testing.gate import ALL_ARCHS, AMD_ARCHS, Constant, GateCase, case_of
 
@@ -65,9 +71,17 @@ def spec_of(model: str, kind: str, dtype: torch.dtype, weight_dtype: torch.dtype
     )
 
 
+def arch_named(name: str) -> Arch:
+    return Arch(name, NUM_SMS, SMEM_BYTES.get(name, 65_536))
+
+
+def launch_options(name: str) -> dict[str, bool]:
+    return {"launch_pdl": True} if arch_named(name).launches_early else {}
+
+
 def few_case(model: str, spec: MoESpec, tokens: int, first: bool, name: str) -> GateCase:
     """One product for few tokens, tiles by rule."""
-    arch = Arch(name, NUM_SMS, SMEM_BYTES.get(name, 65_536))
+    arch = arch_named(name)
     tiles = default_tiles(spec, arch, tokens, first)
     cfg = few_config(spec, arch, tokens, tiles, first)
     rows, hidden = {"fp8_tensor": (U8_PTR, U8_PTR), "fp8_block": (U8_PTR, BF16_PTR)}.get(spec.kind, (BF16_PTR,) * 2)
@@ -101,7 +115,7 @@ def few_case(model: str, spec: MoESpec, tokens: int, first: bool, name: str) -> 
         "activation": Constant(PAIRED["swiglu"] if first else None),
         "cfg": Constant(cfg),
     }
-    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **launch_options(name)}
     label = f"few{1 if first else 2}_{model}_{spec.kind}_t{tokens}.{name}"
     # Integer conversions to and from e4m3 are more than gfx942 has registers for; nothing runs there.
     spills = {"max_spill_bytes": None} if spec.kind == "fp8_block" and name in AMD_ARCHS else {}
@@ -118,25 +132,26 @@ def few_cases() -> Iterator[GateCase]:
 
 def sort_cases() -> Iterator[GateCase]:
     """Sorting in one block and in several; few experts and the most."""
-    for experts, several in product((8, 256, 1024), (False, True)):
-        cfg = sort_config(spec_of("qwen", "plain", BF16, BF16)._replace(num_experts=experts))
-        archs = ALL_ARCHS if experts == 256 else ("sm90",)
-        options = {"options": {"num_warps": WARPS_SORT}, "archs": archs}
+    for experts, several, name in product((8, 256, 1024), (False, True), ALL_ARCHS):
+        if experts != 256 and name != "sm90":
+            continue
+        cfg = sort_config(spec_of("qwen", "plain", BF16, BF16)._replace(num_experts=experts), arch_named(name))
+        how = {"options": {"num_warps": WARPS_SORT, **launch_options(name)}, "archs": (name,)}
         counts = I32_PTR if several else None
-        name = f"sort_{experts}{'_blocks' if several else ''}"
+        label = f"sort_{experts}{'_blocks' if several else ''}"
         numbers = {"ids": I32_PTR, "num_pairs": ODD, "per_block": ODD}
         if several:
             arguments = {"counts": I32_PTR, **numbers, "first": ODD, "cfg": Constant(cfg)}
-            yield case_of(f"{name}_count", count_kernel, arguments, **options)
+            yield case_of(f"{label}_count.{name}", count_kernel, arguments, **how)
         out = Sorted(I32_PTR, I32_PTR, I32_PTR, I32_PTR)
         arguments = {"out": out, "counts": counts, **numbers, "num_blocks": ODD, "first": ODD, "cfg": Constant(cfg)}
-        yield case_of(name, place_kernel, arguments, **options)
+        yield case_of(f"{label}.{name}", place_kernel, arguments, **how)
 
 
-def other_cases() -> Iterator[GateCase]:
-    """Sums, and rows on their way to a product."""
-    for splits, rows in ((1, None), (8, None), (1, I32_PTR)):
-        cfg = CombineConfig(7168, 256, 8, splits, COMBINE_BLOCK)
+def combine_cases() -> Iterator[GateCase]:
+    """Sums of rows, and of parts of them, one and the most."""
+    spec = spec_of("deepseek", "plain", BF16, BF16)
+    for splits, rows, name in ((*case, name) for case in ((1, None), (8, None), (1, I32_PTR)) for name in ALL_ARCHS):
         y, bias = (FP32_PTR, BF16_PTR) if rows is None else (BF16_PTR, None)
         arguments = {
             "out": BF16_PTR,
@@ -145,35 +160,34 @@ def other_cases() -> Iterator[GateCase]:
             "ids": I32_PTR,
             "weights": FP32_PTR,
             "first": ODD,
-            "cfg": Constant(cfg),
+            "cfg": Constant(combine_config(spec, arch_named(name), splits)),
         }
-        name = f"combine_s{splits}{'_rows' if rows is not None else ''}"
-        # With 8 parts it spills 104 bytes on sm90 under Triton 3.9, none under 3.6.
-        yield case_of(name, combine_kernel, arguments, max_spill_bytes=None)
+        label = f"combine_s{splits}{'_rows' if rows is not None else ''}.{name}"
+        yield case_of(label, combine_kernel, arguments, options=launch_options(name), archs=(name,))
+
+
+def row_cases() -> Iterator[GateCase]:
+    """Rows on their way to a product."""
     for name in ALL_ARCHS:
         if name == "sm80":
             continue
-        native = Arch(name, 0, 0).converts_to_fp8
-        cfg = Constant(RowsConfig(ROWS_A_PROGRAM, True, native))
-        sizes = {"num_rows": ODD, "width": ODD, "stride": ODD, "cfg": cfg}
+        how = {"options": launch_options(name), "archs": (name,)}
+        cfg, copied = (Constant(rows_config(arch_named(name), quantise)) for quantise in (True, False))
+        sizes = {"num_rows": ODD, "width": EVEN, "stride": EVEN, "cfg": cfg}
         arguments = {"out": U8_PTR, "scales": FP32_PTR, "x": BF16_PTR, "gathered": Gathered(I32_PTR, I32_PTR), **sizes}
-        yield case_of(f"rows_gathered.{name}", rows_kernel, arguments, archs=(name,))
-        copied = Constant(RowsConfig(ROWS_A_PROGRAM, False, native))
-        yield case_of(
-            f"rows_copied.{name}",
-            rows_kernel,
-            arguments | {"out": BF16_PTR, "scales": None, "cfg": copied},
-            archs=(name,),
-        )
+        yield case_of(f"rows_gathered.{name}", rows_kernel, arguments, **how)
+        changes = {"out": BF16_PTR, "scales": None, "cfg": copied}
+        yield case_of(f"rows_copied.{name}", rows_kernel, arguments | changes, **how)
         arguments |= {"gathered": Gathered(None, None)}
-        yield case_of(f"rows.{name}", rows_kernel, arguments, archs=(name,))
+        yield case_of(f"rows.{name}", rows_kernel, arguments, **how)
         arguments = {"out": U8_PTR, "hidden": FP32_PTR, "scale": FP32_PTR, "ids": I32_PTR, "order": I32_PTR}
-        arguments |= {"count": I32_PTR, "width": ODD, "first": ODD, "scale_stride": ODD, "cfg": cfg}
-        yield case_of(f"cast.{name}", cast_kernel, arguments, archs=(name,))
+        arguments |= {"count": I32_PTR, "width": EVEN, "first": ODD, "scale_stride": 1, "cfg": cfg}
+        yield case_of(f"cast.{name}", cast_kernel, arguments, **how)
 
 
 def cases() -> Iterator[GateCase]:
     """Every kernel of the folder."""
     yield from few_cases()
     yield from sort_cases()
-    yield from other_cases()
+    yield from combine_cases()
+    yield from row_cases()

@@ -16,14 +16,16 @@ from flashinfer.device.finish import PAIRED, SINGLE, Finish, finish_with
 from flashinfer.ops.gemm import CHOICE as GEMM_CHOICE
 from flashinfer.ops.gemm import MAP_BYTES, Epilogue, Gemm, Rows, Weights, grouped_gemm
 from flashinfer.ops.moe.spec import BLOCK, Experts, MoE, MoESpec
-from flashinfer.ops.moe.triton.combine import CombineConfig, Parts, combine_kernel
+from flashinfer.ops.moe.triton.combine import Parts, combine_kernel
 from flashinfer.ops.moe.triton.configs import (
     FEW_TOKENS,
     SCAN,
     WARPS_SORT,
     Tiles,
     candidates,
+    combine_config,
     few_config,
+    rows_config,
     slots_of,
     sort_blocks,
     sort_config,
@@ -31,11 +33,9 @@ from flashinfer.ops.moe.triton.configs import (
     tuning_key,
 )
 from flashinfer.ops.moe.triton.few import Input, Matrices, Output, Pairs, few_kernel
-from flashinfer.ops.moe.triton.prepare import Gathered, RowsConfig, cast_kernel, rows_kernel
+from flashinfer.ops.moe.triton.prepare import Gathered, cast_kernel, rows_kernel
 from flashinfer.ops.moe.triton.sort import Sorted, count_kernel, place_kernel
 
-ROWS_A_PROGRAM = 16
-COMBINE_BLOCK = 1024
 E4M3 = torch.float8_e4m3fn
 OP = "moe"
 
@@ -54,6 +54,11 @@ class Call(NamedTuple):
     arch: Arch
     tensors: MoE
     scratch: Scratch
+
+    @property
+    def options(self) -> dict[str, bool]:
+        """Of launches: each may begin before the one before it has ended, and waits itself."""
+        return {"launch_pdl": True} if self.arch.launches_early else {}
 
 
 def bind(spec: MoESpec, arch: Arch) -> Callable[[MoE, Scratch], None]:
@@ -80,9 +85,9 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
 
 def sort_pairs(call: Call, order: bool, tokens: bool, rows: bool) -> Sorted:
     """Pairs sorted by expert; order, tokens, rows: which of these are wanted."""
-    spec, _, tensors, scratch = call
+    spec, arch, tensors, scratch = call
     ids = tensors.routes.ids
-    cfg, num_pairs = sort_config(spec), ids.numel()
+    cfg, num_pairs = sort_config(spec, arch), ids.numel()
     blocks, per_block = sort_blocks(num_pairs)
 
     def made(size: int, wanted: bool = True) -> torch.Tensor | None:
@@ -91,7 +96,7 @@ def sort_pairs(call: Call, order: bool, tokens: bool, rows: bool) -> Sorted:
     counts = made(blocks * cfg.num_experts, blocks > 1)
     out = Sorted(made(spec.num_experts + 1), *(made(num_pairs, wanted) for wanted in (order, tokens, rows)))  # type: ignore[arg-type]
     key = token(cfg, ids.dtype, order, tokens, rows, blocks > 1), alignment(ids)
-    first, options = tensors.routes.first_expert, {"num_warps": WARPS_SORT}
+    first, options = tensors.routes.first_expert, {"num_warps": WARPS_SORT, **call.options}
     if counts is not None:
         _count((blocks, 1, 1), key, (counts, ids, num_pairs, per_block, first, cfg), ids.device, **options)
     arguments = (out, counts, ids, num_pairs, per_block, blocks, first, cfg)
@@ -117,7 +122,7 @@ def _run_few(call: Call) -> None:
     hidden = scratch.empty((num_pairs, spec.intermediate_size), spec.hidden_dtype)
     _few_product(call, pairs, x, hidden)
     parts = _few_product(call, pairs, hidden, None)
-    combine(spec, tensors, parts, None)
+    combine(call, parts, None)
 
 
 def _few_product(call: Call, pairs: Pairs, x: torch.Tensor, hidden: torch.Tensor | None) -> torch.Tensor:
@@ -161,7 +166,8 @@ def _launch_few(call: Call, pairs: Pairs, side: Input, out: torch.Tensor, tiles:
     slots = slots_of(spec, num_tokens) if cfg.scan else spec.num_experts
     grid = (triton.cdiv(cfg.width, columns), slots, tiles.splits)
     arguments = (output, side, matrices, pairs, finish, pairs.ids.numel(), tensors.routes.first_expert, activation, cfg)
-    _few(grid, key, arguments, out.device, num_warps=tiles.num_warps, num_stages=tiles.num_stages)
+    options = {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages, **call.options}
+    _few(grid, key, arguments, out.device, **options)
 
 
 def _matrices(weights: Weights) -> Matrices:
@@ -188,20 +194,20 @@ def _tensors(finish: Finish) -> tuple[torch.Tensor | None, ...]:
 # ---- the sum over a token's experts
 
 
-def combine(spec: MoESpec, tensors: MoE, y: torch.Tensor, rows: torch.Tensor | None) -> None:
+def combine(call: Call, y: torch.Tensor, rows: torch.Tensor | None) -> None:
     """Write `out`. y: `[splits, pairs, hidden_size]`; rows: the row of each pair, None: rows are pairs."""
+    spec, arch, tensors, _ = call
     out, routes, bias = tensors.out, tensors.routes, tensors.experts.bias2
-    block = min(COMBINE_BLOCK, max(128, int(triton.next_power_of_2(spec.hidden_size))))
     if rows is not None:
         bias = None  # the product has added it
-    cfg = CombineConfig(spec.hidden_size, spec.num_experts, spec.top_k, y.shape[0], block)
+    cfg = combine_config(spec, arch, y.shape[0])
     parts = Parts(y, y.stride(0), rows, bias, 0 if bias is None else bias.stride(0))
     used = (out, y, rows, bias, routes.ids, routes.weights)
     # The stride between parts is that of all pairs: any number.
     key = (token(cfg, _keyed(parts.split_stride, parts.bias_stride)), pointers(*used))
-    grid = (out.shape[0], triton.cdiv(spec.hidden_size, block), 1)
+    grid = (out.shape[0], triton.cdiv(spec.hidden_size, cfg.block), 1)
     arguments = (out, out.stride(0), parts, routes.ids, routes.weights, routes.first_expert, cfg)
-    _combine(grid, key, arguments, out.device, num_warps=4)
+    _combine(grid, key, arguments, out.device, num_warps=4, **call.options)
 
 
 # ---- many tokens
@@ -227,7 +233,7 @@ def _run_many(call: Call) -> None:
         hidden, scale = _arranged(call, hidden, None, num_pairs, quantise=True)
     y = scratch.empty((num_pairs, spec.hidden_size), spec.out_dtype)
     grouped_gemm(Rows(hidden, places.indptr, scale=scale), experts.fc2, Epilogue(experts.bias2), out=y)
-    combine(spec, tensors, y[None], places.rows)
+    combine(call, y[None], places.rows)
 
 
 def wants_neighbours(product: Gemm) -> bool:
@@ -245,14 +251,14 @@ def _arranged(
     """The rows of `x`, in the order of experts where places are given; quantise: as e4m3 and scales."""
     arch, scratch = call.arch, call.scratch
     width = x.shape[1]
-    blocks = triton.cdiv(width, BLOCK)
     out = scratch.empty((num_rows, width), E4M3 if quantise else x.dtype)
-    scales = scratch.empty((num_rows, blocks), torch.float32) if quantise else None
+    scales = scratch.empty((num_rows, triton.cdiv(width, BLOCK)), torch.float32) if quantise else None
     gathered = Gathered(None, None) if places is None else Gathered(places.tokens, places.indptr[-1:])
-    cfg = RowsConfig(ROWS_A_PROGRAM, quantise, native_fp8=arch.converts_to_fp8)
-    key = (token(cfg, x.dtype, places is None), alignment(x, *gathered))
+    cfg = rows_config(arch, quantise)
+    key = (token(cfg, x.dtype, places is None, _keyed(width, x.stride(0))), alignment(x, *gathered))
     arguments = (_bytes(out), scales, _bytes(x), gathered, num_rows, width, x.stride(0), cfg)
-    _rows((triton.cdiv(num_rows, ROWS_A_PROGRAM), blocks, 1), key, arguments, x.device, num_warps=4)
+    grid = (triton.cdiv(num_rows, cfg.rows), triton.cdiv(width, cfg.columns), 1)
+    _rows(grid, key, arguments, x.device, num_warps=4, **call.options)
     return out, scales
 
 
@@ -263,11 +269,11 @@ def _cast_hidden(call: Call, hidden: torch.Tensor, places: Sorted) -> torch.Tens
     ids, scale = tensors.routes.ids, tensors.experts.hidden_scale
     assert scale is not None
     out = scratch.empty((num_rows, width), E4M3)
-    cfg = RowsConfig(ROWS_A_PROGRAM, quantise=False, native_fp8=arch.converts_to_fp8)
+    cfg = rows_config(arch, quantise=True)
     count = places.indptr[-1:]
-    key = (token(cfg, ids.dtype), alignment(ids, scale, count))
     stride = int(scale.numel() > 1)
+    key = (token(cfg, ids.dtype, _keyed(width, stride)), alignment(ids, scale, count))
     arguments = (_bytes(out), hidden, scale, ids, places.order, count, width, tensors.routes.first_expert, stride, cfg)
-    grid = (triton.cdiv(num_rows, ROWS_A_PROGRAM), triton.cdiv(width, BLOCK), 1)
-    _cast(grid, key, arguments, hidden.device, num_warps=4)
+    grid = (triton.cdiv(num_rows, cfg.rows), triton.cdiv(width, cfg.columns), 1)
+    _cast(grid, key, arguments, hidden.device, num_warps=4, **call.options)
     return out

@@ -9,18 +9,20 @@ import torch
 import triton
 import triton.language as tl
 
+from flashinfer.device.early import let_next_launch_begin, wait_for_launch_before
 from flashinfer.device.fp8 import to_fp8
-
-BLOCK = tl.constexpr(128)
 
 
 @dataclass(frozen=True)
 class RowsConfig:
-    """rows: of a program. quantise: to e4m3 with scales, else copied."""
+    """rows, columns: of a program. quantise: to e4m3 with a scale for its columns, else copied. early: see
+    `device/early`."""
 
     rows: int
+    columns: int
     quantise: bool
     native_fp8: bool
+    early: bool
 
 
 class Gathered(NamedTuple):
@@ -32,20 +34,22 @@ class Gathered(NamedTuple):
 
 @triton.jit
 def quantised(x, NATIVE: tl.constexpr):
-    """Codes (bytes) and fp32 scales of x fp32 `[rows, 128]`: largest |x| of a row / 448, 1 for a row of zeros."""
+    """Codes (bytes) and fp32 scales of x fp32 `[rows, columns]`: largest |x| of a row / 448, 1 for a row of zeros."""
     scale = tl.div_rn(tl.max(tl.abs(x), 1), 448.0)
     scale = tl.where(scale == 0.0, 1.0, scale)
     return to_fp8(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)), 3, NATIVE), scale
 
 
-@triton.jit(do_not_specialize=["num_rows", "width", "stride"])
+@triton.jit(do_not_specialize=["num_rows"])
 def rows_kernel(out, scales, x, gathered, num_rows, width, stride, cfg: tl.constexpr):
-    """Grid: (blocks of rows, blocks of 128 columns). out: `[rows, width]`, of x's dtype or bytes of e4m3.
+    """Grid: (blocks of rows, of columns). out: `[rows, width]`, of x's dtype or bytes of e4m3.
 
     scales: fp32 `[rows, blocks]`. x: `stride` elements a row.
     """
     row = (tl.program_id(0) * cfg.rows + tl.arange(0, cfg.rows)).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offs = tl.program_id(1) * cfg.columns + tl.arange(0, cfg.columns)
+    wait_for_launch_before(cfg.early)
+    let_next_launch_begin(cfg.early)
     source = row
     if gathered.tokens is not None:
         exists = row < tl.load(gathered.count)
@@ -63,14 +67,16 @@ def rows_kernel(out, scales, x, gathered, num_rows, width, stride, cfg: tl.const
         tl.store(to, tile, mask=mask)
 
 
-@triton.jit(do_not_specialize=["width", "first", "scale_stride"])
+@triton.jit(do_not_specialize=["first"])
 def cast_kernel(out, hidden, scale, ids, order, count, width, first, scale_stride, cfg: tl.constexpr):
     """Grid: as `rows_kernel`. out: bytes of e4m3 of `hidden` fp32 `[rows, width]` times the scale of the row's expert.
 
     order: int32, the pair of each row, an index into ids; count: int32, one element: rows there are.
     """
     row = (tl.program_id(0) * cfg.rows + tl.arange(0, cfg.rows)).to(tl.int64)
-    offs = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    offs = tl.program_id(1) * cfg.columns + tl.arange(0, cfg.columns)
+    wait_for_launch_before(cfg.early)
+    let_next_launch_begin(cfg.early)
     exists = row < tl.load(count)
     pair = tl.load(order + row, mask=exists, other=0)
     expert = tl.load(ids + pair, mask=exists, other=0) - first

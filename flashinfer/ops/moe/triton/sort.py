@@ -13,16 +13,20 @@ import torch
 import triton
 import triton.language as tl
 
+from flashinfer.device.early import let_next_launch_begin, wait_for_launch_before
+
 
 @dataclass(frozen=True)
 class SortConfig:
-    """experts: their number rounded up to 2^n. chunk: pairs taken at a time. blocks: counts read at a time."""
+    """experts: their number rounded up to 2^n. chunk: pairs taken at a time. blocks: counts read at a time. early: see
+    `device/early`."""
 
     num_experts: int
     top_k: int
     experts: int
     chunk: int
     blocks: int
+    early: bool
 
 
 class Sorted(NamedTuple):
@@ -58,6 +62,8 @@ def counts_of(ids, begin, end, first, cfg: tl.constexpr):
 def count_kernel(counts, ids, num_pairs, per_block, first, cfg: tl.constexpr):
     """Grid: blocks. counts: int32 `[blocks, num_experts]`."""
     begin = tl.program_id(0) * per_block
+    wait_for_launch_before(cfg.early)
+    let_next_launch_begin(cfg.early)
     total = counts_of(ids, begin, tl.minimum(begin + per_block, num_pairs), first, cfg)
     offs = tl.arange(0, cfg.experts)
     tl.store(counts + tl.program_id(0) * cfg.num_experts + offs, total, mask=offs < cfg.num_experts)
@@ -70,6 +76,8 @@ def place_kernel(out, counts, ids, num_pairs, per_block, num_blocks, first, cfg:
     begin = block * per_block
     end = tl.minimum(begin + per_block, num_pairs)
     offs_expert = tl.arange(0, cfg.experts)
+    wait_for_launch_before(cfg.early)
+    let_next_launch_begin(cfg.early)
     if counts is None:
         total = counts_of(ids, begin, end, first, cfg)
         before = tl.full([cfg.experts], 0, tl.int32)

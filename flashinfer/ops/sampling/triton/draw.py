@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashinfer.device.early import wait_for_launch_before
 from flashinfer.ops.sampling.triton.resolve import draw_above
 from flashinfer.ops.sampling.triton.rows import (
     LOG2E,
@@ -21,7 +22,6 @@ from flashinfer.ops.sampling.triton.rows import (
     read_residual,
     uniform_narrow,
     uniform_wide,
-    wait_for_launch_before,
     weight_of,
 )
 from flashinfer.ops.sampling.triton.search import scan_weight

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashinfer.device.early import wait_for_launch_before
 from flashinfer.ops.sampling.triton.rows import (
     NEG_INF,
     NEG_INF_KEY,
@@ -26,7 +27,6 @@ from flashinfer.ops.sampling.triton.rows import (
     sort_key,
     uniform_narrow,
     uniform_wide,
-    wait_for_launch_before,
     weight_of,
 )
 from flashinfer.ops.sampling.triton.search import guess_interval

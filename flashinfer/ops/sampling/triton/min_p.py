@@ -9,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashinfer.device.early import wait_for_launch_before
 from flashinfer.ops.sampling.triton.filter import candidates, draw_candidate, draw_pivots, gather
 from flashinfer.ops.sampling.triton.resolve import draw_by_scans
 from flashinfer.ops.sampling.triton.rows import (
@@ -17,7 +18,6 @@ from flashinfer.ops.sampling.triton.rows import (
     POSITIVE_KEY,
     group_weights,
     sort_key,
-    wait_for_launch_before,
 )
 
 # They take the draws below that of the first candidate.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from flashinfer.device.early import wait_for_launch_before
 from flashinfer.ops.sampling.triton.filter import (
     ARRIVED,
     BOTTOM,
@@ -31,7 +32,6 @@ from flashinfer.ops.sampling.triton.rows import (
     read,
     sort_key,
     uniform_narrow,
-    wait_for_launch_before,
     weight_of,
 )
 from flashinfer.ops.sampling.triton.search import PART_FIELDS, collect_part, scan_weight, settle

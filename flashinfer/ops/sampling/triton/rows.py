@@ -99,13 +99,6 @@ NO_RESIDUAL = Residual(None, None, 0, None, None, 0)
 
 
 @triton.jit
-def wait_for_launch_before(EARLY: tl.constexpr):
-    """Where a kernel is launched before the one before it has ended: wait until it has."""
-    if EARLY:
-        tl.extra.cuda.gdc_wait()
-
-
-@triton.jit
 def sort_key(x):
     """int32 that sorts like the fp32 `x`; both zeros are one."""
     x = tl.where(x == 0, 0.0, x)
