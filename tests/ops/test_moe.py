@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from functools import partial
-from typing import NamedTuple
-
 import pytest
 import torch
 
@@ -13,13 +9,23 @@ from flashinfer.core import replay
 from flashinfer.ops.gemm import Activation, Weights
 from flashinfer.ops.moe import BLOCK, Experts, Routes, moe
 from flashinfer.testing import assert_close_to_oracle, poisoned
-from tests.ops.common import DEVICE, captured, force, skip_unless_runs
-from tests.ops.gemm_checks import ORDER, wiggled
+from tests.ops.common import force, skip_unless_runs
+from tests.ops.moe_checks import (
+    FEW,
+    HALF,
+    MANY,
+    MODELS,
+    SMALL,
+    SORTED,
+    Sizes,
+    activated,
+    check,
+    dense,
+    plain_experts,
+    routes_of,
+)
 
 E4M3 = torch.float8_e4m3fn
-HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
-# As the kernels tell them apart: those that find their pairs themselves, sorted ones, grouped products.
-FEW, SORTED, MANY = 5, 33, 65
 ACTIVATIONS = ("swiglu", "geglu", "relu2", "silu", "gelu", "relu", "identity")
 
 
@@ -27,117 +33,6 @@ ACTIVATIONS = ("swiglu", "geglu", "relu2", "silu", "gelu", "relu", "identity")
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     force(monkeypatch, "gemm", request.param, skip=False)
     return force(monkeypatch, "moe", request.param)
-
-
-class Sizes(NamedTuple):
-    """experts, top_k, H, I."""
-
-    experts: int
-    top_k: int
-    hidden: int
-    inter: int
-
-
-SMALL = Sizes(6, 2, 72, 40)
-# Mixtral, Qwen3-30B-A3B, DeepSeek-V3, gpt-oss, scaled down
-MODELS = (Sizes(8, 2, 128, 448), Sizes(32, 8, 64, 24), Sizes(64, 8, 224, 64), Sizes(16, 4, 90, 90))
-FULL = (Sizes(8, 2, 4096, 14336), Sizes(128, 8, 2048, 768), Sizes(256, 8, 7168, 2048), Sizes(32, 4, 2880, 2880))
-
-
-def routes_of(tokens: int, s: Sizes, device: str) -> Routes:
-    """Every token goes to `top_k` different experts."""
-    ids = torch.rand(tokens, s.experts, device=device).argsort(-1)[:, : s.top_k].int().contiguous()
-    return Routes(ids, torch.rand(tokens, s.top_k, device=device))
-
-
-def plain_experts(s: Sizes, dtype: torch.dtype, device: str, kind: str = "swiglu", biased: bool = False) -> Experts:
-    activation = Activation(kind)
-    rows = s.inter * (2 if activation.gated else 1)
-    normal = lambda *shape: torch.randn(shape, device=device).to(dtype)  # noqa: E731
-    fc1, fc2 = (
-        Weights((torch.randn(s.experts, n, k, device=device) / math.sqrt(k)).to(dtype))
-        for n, k in ((rows, s.hidden), (s.hidden, s.inter))
-    )
-    biases = (normal(s.experts, rows), normal(s.experts, s.hidden)) if biased else (None, None)
-    return Experts(fc1, fc2, activation, *biases)
-
-
-def activated(x: torch.Tensor, activation: Activation, expert: int) -> torch.Tensor:
-    """The activation of sums `x`, written from its definition."""
-    functions = {
-        "relu2": lambda v: v.clamp(min=0) ** 2,
-        "silu": lambda v: v * v.sigmoid(),
-        "gelu": lambda v: 0.5 * v * torch.special.erfc(-v / math.sqrt(2)),
-        "relu": lambda v: v.clamp(min=0),
-        "identity": lambda v: v,
-    }
-    if not activation.gated:
-        return functions[activation.kind](x)
-    up, gate = x.chunk(2, dim=-1)
-    if activation.kind == "geglu":
-        return functions["gelu"](gate) * up
-    alpha, beta, limit = (
-        default if t is None else float(t[expert])
-        for t, default in zip(activation[1:], (1.0, 0.0, math.inf), strict=True)
-    )
-    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return gate * (alpha * gate).sigmoid() * (up + beta)
-
-
-def dense(
-    x: torch.Tensor, routes: Routes, experts: Experts, dtype: torch.dtype, between: torch.dtype | None = None
-) -> torch.Tensor:
-    """Token by token, expert by expert, sums in `dtype`; what lies between the products rounded to `between`."""
-    fc1, fc2 = experts.fc1.values.to(dtype), experts.fc2.values.to(dtype)
-    out = torch.zeros(x.shape[0], fc2.shape[1], dtype=dtype, device=x.device)
-    local = routes.ids - routes.first_expert
-    for e in range(fc1.shape[0]):
-        tokens, place = (local == e).nonzero(as_tuple=True)
-        if len(tokens) == 0:
-            continue
-        sums = x[tokens].to(dtype) @ fc1[e].T
-        if experts.bias1 is not None:
-            sums = sums + experts.bias1[e].to(dtype)
-        hidden = activated(sums, experts.activation, e)
-        y = (hidden if between is None else hidden.to(between).to(dtype)) @ fc2[e].T
-        if experts.bias2 is not None:
-            y = y + experts.bias2[e].to(dtype)
-        if between is not None:
-            y = y.to(between).to(dtype)
-        out.index_add_(0, tokens, y * routes.weights[tokens, place, None].to(dtype))
-    return out
-
-
-def order_noise(x: torch.Tensor, routes: Routes, experts: Experts) -> torch.Tensor:
-    """What the order of sums in fp32 may change, to first order."""
-    fc1, fc2 = experts.fc1.values.double(), experts.fc2.values.double()
-    noise = torch.zeros(x.shape[0], fc2.shape[1], dtype=torch.float64, device=x.device)
-    local, x = routes.ids - routes.first_expert, x.double()
-    for e in range(fc1.shape[0]):
-        tokens, place = (local == e).nonzero(as_tuple=True)
-        if len(tokens) == 0:
-            continue
-        sums, size = x[tokens] @ fc1[e].T, x[tokens].abs() @ fc1[e].abs().T
-        if experts.bias1 is not None:
-            sums, size = sums + experts.bias1[e].double(), size + experts.bias1[e].double().abs()
-        function = partial(activated, activation=experts.activation, expert=e)
-        moved = wiggled(function, sums, ORDER * size) + ORDER * function(sums).abs()
-        size = function(sums).abs() @ fc2[e].abs().T
-        if experts.bias2 is not None:
-            size = size + experts.bias2[e].double().abs()
-        moved = moved @ fc2[e].abs().T + ORDER * size
-        noise.index_add_(0, tokens, moved * routes.weights[tokens, place, None].double().abs())
-    return noise
-
-
-def check(x: torch.Tensor, routes: Routes, experts: Experts) -> torch.Tensor:
-    """Run, compare with fp64, by torch's error in fp32 with roundings between the products; returns the result."""
-    out = poisoned((x.shape[0], experts.fc2.values.shape[1]), x.dtype, x.device)
-    assert moe(x, routes, experts, out=out) is out
-    oracle = dense(x, routes, experts, torch.float64)
-    twin = dense(x, routes, experts, torch.float32, x.dtype).to(x.dtype)
-    assert_close_to_oracle(out, oracle, twin, noise=order_noise(x, routes, experts))
-    return out
 
 
 @pytest.mark.parametrize("tokens", [0, 1, FEW, SORTED, MANY])
@@ -382,117 +277,3 @@ def test_mxfp4(tokens: int, device: str) -> None:
     oracle = dense(x, routes, wide_experts, torch.float64)
     twin = dense(x, routes, wide_experts, torch.float32, HALF).to(HALF)
     assert_close_to_oracle(moe(x, routes, experts), oracle, twin)
-
-
-# ---- on a GPU
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [8, 700])
-@pytest.mark.parametrize("sizes", FULL)
-def test_models_in_full(
-    tokens: int, sizes: Sizes, backend: str, monkeypatch: pytest.MonkeyPatch, large_memory: None
-) -> None:
-    """Weights of a model's size, 20 GB for the largest, as a server would call it: products by their best kernels.
-
-    The dense loop is torch's in fp32 without TF32.
-    """
-    if backend == "torch":
-        pytest.skip("one run of all that is automatic")
-    for op in ("gemm", "moe"):
-        force(monkeypatch, op, "auto", skip=False)
-    torch.manual_seed(tokens)
-    fc1 = torch.empty(sizes.experts, 2 * sizes.inter, sizes.hidden, dtype=torch.bfloat16, device="cuda")
-    fc2 = torch.empty(sizes.experts, sizes.hidden, sizes.inter, dtype=torch.bfloat16, device="cuda")
-    for w in (fc1, fc2):
-        w.normal_(std=w.shape[2] ** -0.5)
-    x, routes = torch.randn(tokens, sizes.hidden, device="cuda").bfloat16(), routes_of(tokens, sizes, "cuda")
-    out = moe(x, routes, Experts(Weights(fc1), Weights(fc2), Activation("swiglu")))
-    oracle, twin = torch.zeros(out.shape, dtype=torch.float64, device="cuda"), torch.zeros(out.shape, device="cuda")
-    for e in range(sizes.experts):
-        tokens_of, place = (routes.ids == e).nonzero(as_tuple=True)
-        if len(tokens_of):
-            one = Routes(
-                torch.zeros(len(tokens_of), 1, dtype=torch.int32, device="cuda"), routes.weights[tokens_of, place, None]
-            )
-            experts = Experts(Weights(fc1[e : e + 1]), Weights(fc2[e : e + 1]), Activation("swiglu"))
-            oracle.index_add_(0, tokens_of, dense(x[tokens_of], one, experts, torch.float64))
-            twin.index_add_(0, tokens_of, dense(x[tokens_of], one, experts, torch.float32, torch.bfloat16))
-    assert_close_to_oracle(out, oracle, twin.bfloat16())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, FEW, SORTED, MANY, 3000])
-def test_graph_replays_for_other_groups(tokens: int, backend: str) -> None:
-    """Ids change between replays: other sizes of groups, all tokens to one expert, nobody here."""
-    if backend == "torch":
-        pytest.skip("the reference reads the sizes of groups")
-    sizes = MODELS[0]
-    x, routes = torch.randn(tokens, sizes.hidden, device="cuda").bfloat16(), routes_of(tokens, sizes, "cuda")
-    experts = plain_experts(sizes, torch.bfloat16, "cuda")
-    out = torch.empty_like(x)
-    graph = captured(lambda: moe(x, routes, experts, out=out))
-    for ids in (routes_of(tokens, sizes, "cuda").ids, torch.full_like(routes.ids, 5), torch.full_like(routes.ids, -1)):
-        routes.ids.copy_(ids)
-        x.copy_(torch.randn_like(x))
-        out.fill_(float("nan"))
-        graph.replay()
-        assert torch.equal(out, moe(x, routes, experts))
-        assert bool(out.isfinite().all())
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [FEW, MANY])
-def test_no_host_sync(tokens: int, backend: str) -> None:
-    if backend == "torch":
-        pytest.skip("the reference reads the sizes of groups")
-    x, routes = torch.randn(tokens, SMALL.hidden, device="cuda"), routes_of(tokens, SMALL, "cuda")
-    experts = plain_experts(SMALL, torch.float32, "cuda")
-    moe(x, routes, experts)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        moe(x, routes, experts)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [1, FEW, SORTED, MANY])
-def test_calls_are_repeated(tokens: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The third call of a kind launches from memory, with scratch memory of the size that the first one noted."""
-    if backend == "torch":
-        pytest.skip("the reference launches nothing of ours")
-    from flashinfer.core.launch import Prebound
-
-    sizes = MODELS[0]
-    experts = plain_experts(sizes, torch.bfloat16, "cuda")
-    calls = [
-        (torch.randn(tokens, sizes.hidden, device="cuda").bfloat16(), routes_of(tokens, sizes, "cuda"))
-        for _ in range(3)
-    ]
-    expected = [moe(x, routes, experts) for x, routes in calls]
-
-    def launch(*arguments: object, **options: object) -> None:
-        raise AssertionError("not repeated")
-
-    monkeypatch.setattr(Prebound, "__call__", launch)
-    for (x, routes), wanted in zip(calls, expected, strict=True):
-        assert torch.equal(moe(x, routes, experts), wanted)
-
-
-@pytest.mark.gpu
-@pytest.mark.compiles
-def test_compile(backend: str) -> None:
-    x, routes = torch.randn(FEW, SMALL.hidden, device="cuda"), routes_of(FEW, SMALL, "cuda")
-    experts = plain_experts(SMALL, torch.float32, "cuda")
-    compiled = torch.compile(lambda x: moe(x * 2, routes, experts) + 1, fullgraph=True)
-    assert torch.equal(compiled(x), moe(x * 2, routes, experts) + 1)
-
-
-@pytest.mark.gpu
-def test_thousands_of_tokens() -> None:
-    """More pairs than one program sorts; groups of very different sizes."""
-    sizes = Sizes(64, 8, 256, 128)
-    x, routes = torch.randn(9001, sizes.hidden, device="cuda").bfloat16(), routes_of(9001, sizes, "cuda")
-    routes.ids[:8000, 0] = 3
-    check(x, routes, plain_experts(sizes, torch.bfloat16, "cuda"))
