@@ -11,7 +11,15 @@ import torch
 from flashinfer.core import check
 from flashinfer.ops import lora as ops
 
-__all__ = ["bgmv_moe", "bgmv_moe_expand", "bgmv_moe_shrink", "fill_w_ptr", "has_bgmv_moe"]
+__all__ = [
+    "bgmv_moe",
+    "bgmv_moe_expand",
+    "bgmv_moe_gemm1_lora_delta",
+    "bgmv_moe_gemm2_lora_delta",
+    "bgmv_moe_shrink",
+    "fill_w_ptr",
+    "has_bgmv_moe",
+]
 
 
 def has_bgmv_moe() -> bool:
@@ -128,6 +136,119 @@ def bgmv_moe(
         zero = torch.zeros(1, dtype=torch.int64, device=x.device)
         _expand(columns, low, (tables[1], b.stride(0), x.dtype), pairs, topk_weights, (zero, [b.shape[2]]))
     return out.to(x.dtype)
+
+
+def bgmv_moe_gemm1_lora_delta(
+    hidden_states: torch.Tensor,
+    w_ptr_a: torch.Tensor,
+    lora_stride_a: int,
+    w_ptr_b: torch.Tensor,
+    lora_stride_b: int,
+    topk_ids: torch.Tensor,
+    lora_ids: torch.Tensor,
+    rank: int,
+    intermediate_size: int,
+    *,
+    lora_dtype: torch.dtype = torch.bfloat16,
+    scale: float = 1.0,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """What adapters add to gate and up of every expert of a token, `[num_tokens, top_k, 2 * intermediate_size]`:
+
+    `scale * B[s, e, l] @ (A[s, e, l] @ hidden_states[t])`, the gate (s = 0) before the up (s = 1). hidden_states:
+    `[num_tokens, hidden]`, cast to lora_dtype. w_ptr_a, w_ptr_b: `[2, num_experts]` of matrices `[rank, hidden]` and
+    `[intermediate_size, rank]`, or both `[num_experts]`: one A for gate and up, and B `[2 * intermediate_size, rank]`;
+    with their lora_stride see `fill_w_ptr`. topk_ids: `[num_tokens, top_k]`, experts of the tables. lora_ids:
+    `[num_tokens]`, negative: no adapter, zeros.
+    """
+    check.tensor("hidden_states", hidden_states, dtypes=check.FLOAT_DTYPES, shape=(None, None))
+    num_tokens, one_table = hidden_states.shape[0], w_ptr_a.dim() == 1
+    tables = (w_ptr_a[None], w_ptr_b[None]) if one_table and w_ptr_b.dim() == 1 else (w_ptr_a, w_ptr_b)
+    widths = [2 * intermediate_size] if one_table else [intermediate_size] * 2
+    tokens, experts = _expanded(topk_ids, lora_ids, (num_tokens, hidden_states))
+    pairs = [tokens, experts, lora_ids]
+    x = hidden_states.to(lora_dtype).contiguous()
+    y = torch.zeros(tokens.shape[0], sum(widths), dtype=torch.float32, device=x.device)
+    strides = (int(lora_stride_a), int(lora_stride_b))
+    _through_rank(y, x, tables, strides, pairs, None, (rank, widths))
+    return y.mul_(scale).view(*topk_ids.shape, sum(widths)).to(out_dtype)
+
+
+def bgmv_moe_gemm2_lora_delta(
+    gemm1_activation_output: torch.Tensor,
+    expanded_idx_to_permuted_idx: torch.Tensor,
+    w_ptr_a: torch.Tensor,
+    lora_stride_a: int,
+    w_ptr_b: torch.Tensor,
+    lora_stride_b: int,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    lora_ids: torch.Tensor,
+    rank: int,
+    hidden_size: int,
+    *,
+    lora_dtype: torch.dtype = torch.bfloat16,
+    scale: float = 1.0,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> torch.Tensor:
+    """What adapters add to the result of a mixture of experts, `[num_tokens, hidden_size]`:
+
+    `scale * sum over slots j of topk_weights[t, j] * B[e, l] @ (A[e, l] @ a[t, j])`. a: row
+    `expanded_idx_to_permuted_idx[t * top_k + j]` of gemm1_activation_output `[rows, intermediate_size]`, cast to
+    lora_dtype; a negative row adds nothing, whatever its expert and weight. w_ptr_a, w_ptr_b: `[1, num_experts]` of
+    matrices `[rank, intermediate_size]` and `[hidden_size, rank]`; with their lora_stride see `fill_w_ptr`. topk_ids,
+    topk_weights (fp32): `[num_tokens, top_k]`. lora_ids: `[num_tokens]`, negative: no adapter, zeros.
+    """
+    activations, rows = gemm1_activation_output, expanded_idx_to_permuted_idx
+    check.tensor("gemm1_activation_output", activations, dtypes=check.FLOAT_DTYPES, shape=(None, None))
+    like = ("gemm1_activation_output", activations)
+    check.tensor("topk_ids", topk_ids, shape=(None, None))
+    num_tokens = topk_ids.shape[0]
+    tokens, experts = _expanded(topk_ids, lora_ids, (num_tokens, activations))
+    dtypes = check.POSITION_DTYPES
+    check.tensor("expanded_idx_to_permuted_idx", rows, dtypes=dtypes, shape=tuple(tokens.shape), like=like)
+    shape = tuple(topk_ids.shape)
+    check.tensor("topk_weights", topk_weights, dtypes=(torch.float32,), shape=shape, like=like)
+    there = rows >= 0
+    x = activations[torch.where(there, rows, 0).long()].to(lora_dtype).masked_fill_(~there[:, None], 0)
+    pairs = [tokens, torch.where(there, experts, 0), lora_ids]
+    y = torch.zeros(num_tokens, hidden_size, dtype=torch.float32, device=x.device)
+    weights, strides = torch.where(there, topk_weights.flatten(), 0.0), (int(lora_stride_a), int(lora_stride_b))
+    _through_rank(y, x, (w_ptr_a, w_ptr_b), strides, pairs, weights, (rank, [hidden_size]))
+    return y.mul_(scale).to(out_dtype)
+
+
+def _expanded(
+    topk_ids: torch.Tensor, lora_ids: torch.Tensor, of: tuple[int, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token and expert of every pair `token * top_k + slot`. of: number of tokens, and a tensor on their device."""
+    num_tokens, like = of[0], ("the other tensors", of[1])
+    check.tensor("topk_ids", topk_ids, dtypes=check.POSITION_DTYPES, shape=(num_tokens, None), like=like)
+    check.tensor("lora_ids", lora_ids, dtypes=check.POSITION_DTYPES, shape=(num_tokens,), like=like)
+    tokens = torch.arange(num_tokens, device=topk_ids.device)[:, None].expand(topk_ids.shape)
+    return tokens.reshape(-1), topk_ids.reshape(-1)
+
+
+def _through_rank(
+    y: torch.Tensor,
+    x: torch.Tensor,
+    tables: tuple[torch.Tensor, torch.Tensor],
+    strides: tuple[int, int],
+    pairs: list[torch.Tensor],
+    weights: torch.Tensor | None,
+    sizes: tuple[int, list[int]],
+) -> None:
+    """Both products of `x`, whose rows are pairs where there are weights, added to `y`. sizes: rank, widths."""
+    (rank, widths), like = sizes, ("the other tensors", x)
+    check.choice("lora_dtype", x.dtype, check.FLOAT_DTYPES)
+    check.positive("rank", rank)
+    for name, table in zip(("w_ptr_a", "w_ptr_b"), tables, strict=True):
+        shape = (len(widths), None)
+        check.tensor(name, table, dtypes=(torch.int64,), shape=shape, like=like, inner_contiguous=True)
+    low = torch.zeros(len(widths), pairs[0].shape[0], rank, dtype=torch.float32, device=x.device)
+    ops.shrink(low, x, [tables[0]], strides[0], x.dtype, pairs, weights is not None)
+    begins = torch.arange(len(widths), device=x.device) * widths[0]
+    ops.expand(y, low, [tables[1]], strides[1], x.dtype, [*pairs, weights], begins, widths)
 
 
 def _begins(widths: list[int]) -> list[int]:

@@ -115,6 +115,62 @@ def test_both_at_once(backend: str, rank: int, widths: tuple[int, ...], index: t
     assert_close_to_oracle(got, exact, single.half())
 
 
+@pytest.mark.parametrize("one_table", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_delta_of_gate_and_up(backend: str, dtype: torch.dtype, one_table: bool) -> None:
+    """Every slot of a token by itself, unweighted; one A for both where the tables have one dimension."""
+    skip_unless_runs(backend, dtype)
+    p = Problem(dtype, widths=(48,) if one_table else (24, 24), pairs=3 * TOKENS)
+    p.tokens = torch.arange(TOKENS, device=DEVICE).repeat_interleave(3)
+    a, b = (p.table(bank) for bank in (p.a, p.b))
+    tables = (a[0], b[0]) if one_table else (a, b)
+    strides = (p.a[0].stride(0), p.b[0].stride(0))
+    got = moe_lora.bgmv_moe_gemm1_lora_delta(
+        p.x, tables[0], strides[0], tables[1], strides[1], p.experts.view(TOKENS, 3), p.adapters, p.rank, 24,
+        lora_dtype=dtype, scale=0.75, out_dtype=dtype,
+    )  # fmt: skip
+    exact, single = (0.75 * p.high(p.low(d), d, False) for d in (torch.float64, torch.float32))
+    assert got.shape == (TOKENS, 3, 48)
+    assert_close_to_oracle(got.flatten(0, 1), exact, single.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_delta_of_the_result(backend: str, dtype: torch.dtype) -> None:
+    """Rows in any order; slots without one add nothing, though their weight be NaN and their expert nowhere."""
+    skip_unless_runs(backend, dtype)
+    p = Problem(dtype, widths=(40,), pairs=3 * TOKENS)
+    p.tokens = torch.arange(TOKENS, device=DEVICE).repeat_interleave(3)
+    places = torch.randperm(p.pairs + 5, device=DEVICE)[: p.pairs]
+    permuted = torch.full((p.pairs + 5, 72), float("nan"), dtype=dtype, device=DEVICE)
+    permuted[places] = p.by_pair
+    gone = torch.arange(p.pairs, device=DEVICE) % 5 == 2
+    permuted[places[gone]] = float("nan")
+    p.by_pair[gone] = 0
+    a, b = (p.table(bank) for bank in (p.a, p.b))
+    ids = p.experts.masked_fill(gone, 2**20).view(TOKENS, 3)
+    weights = p.weights.masked_fill(gone, float("nan")).view(TOKENS, 3)
+    got = moe_lora.bgmv_moe_gemm2_lora_delta(
+        permuted, places.masked_fill(gone, -1), a, p.a[0].stride(0), b, p.b[0].stride(0), ids, weights, p.adapters,
+        p.rank, 40, lora_dtype=dtype, scale=1.5, out_dtype=dtype,
+    )  # fmt: skip
+    exact, single = (1.5 * p.high(p.low(d, by_pair=True), d, True) for d in (torch.float64, torch.float32))
+    assert_close_to_oracle(got, exact, single.to(dtype))
+
+
+def test_errors_of_deltas() -> None:
+    p = Problem(torch.float16, widths=(24, 24), pairs=TOKENS)
+    a, b, ids = p.table(p.a), p.table(p.b), p.experts.view(TOKENS, 1)
+    for tables, name in (((a[0], b), "w_ptr_a"), ((a, b[:1]), "w_ptr_b")):
+        with pytest.raises((TypeError, ValueError), match=f"^{name}"):
+            moe_lora.bgmv_moe_gemm1_lora_delta(p.x, tables[0], 1, tables[1], 1, ids, p.adapters, p.rank, 24)
+    with pytest.raises(ValueError, match=r"^lora_ids"):
+        moe_lora.bgmv_moe_gemm1_lora_delta(p.x, a, 1, b, 1, ids, p.adapters[:3], p.rank, 24)
+    with pytest.raises(ValueError, match=r"^expanded_idx_to_permuted_idx"):
+        moe_lora.bgmv_moe_gemm2_lora_delta(
+            p.by_pair, ids.flatten()[:2], a[:1], 1, b[:1], 1, ids, p.weights[:, None], p.adapters, p.rank, 24
+        )
+
+
 def test_nothing_to_do(backend: str) -> None:
     p = Problem(torch.float16, pairs=0)
     assert (moe_lora.bgmv_moe(p.x, p.a, p.b, *p.index, p.adapters, p.weights, EXPERTS) == 0).all()
