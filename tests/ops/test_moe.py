@@ -163,6 +163,17 @@ def test_rows_side_by_side(device: str, backend: str, monkeypatch: pytest.Monkey
     assert torch.equal(check(x, routes, experts), gathered)
 
 
+@pytest.mark.parametrize("tokens", [FEW, MANY])
+def test_sums_in_rounds(tokens: int, device: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token's experts are added a few at a time, the last time fewer."""
+    if backend == "torch":
+        pytest.skip("torch adds expert by expert")
+    monkeypatch.setattr(pytest.importorskip("flashinfer.ops.moe.triton.configs"), "TOGETHER", 4)
+    sizes = SMALL._replace(experts=9, top_k=6)
+    x = torch.randn(tokens, sizes.hidden, device=device)
+    check(x, routes_of(tokens, sizes, device), plain_experts(sizes, torch.float32, device, biased=True))
+
+
 # ---- narrow weights
 
 
