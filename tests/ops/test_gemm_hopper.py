@@ -132,7 +132,9 @@ def test_gathered_rows_of_every_tile(
         indices[problem.num_rows - 3 :] = -(2**30)  # of no group: not to be followed
         wide = normal(333, k + 24)[:, 8 : 8 + k]
         problem = replace(problem, rows=Rows(wide, problem.rows.indptr, indices))
-        check(with_epilogue(problem, activation, True) if activation else problem, f"{name}, K {k}")
+        if activation:
+            problem = with_epilogue(problem, activation, True, False, False)
+        check(problem, f"{name}, K {k}")
 
 
 def test_gathered_rows_without_weights(every_tile: Each) -> None:
