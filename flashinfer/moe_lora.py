@@ -6,6 +6,8 @@ fp32 and in a fixed order. Functions raise TypeError and ValueError for wrong ar
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from flashinfer.core import check
@@ -153,25 +155,22 @@ def bgmv_moe_gemm1_lora_delta(
     scale: float = 1.0,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """What adapters add to gate and up of every expert of a token, `[num_tokens, top_k, 2 * intermediate_size]`:
+    """What the adapter of a token adds to the sums of each of its experts before their activation.
 
-    `scale * B[s, e, l] @ (A[s, e, l] @ hidden_states[t])`, the gate (s = 0) before the up (s = 1). hidden_states:
-    `[num_tokens, hidden]`, cast to lora_dtype. w_ptr_a, w_ptr_b: `[2, num_experts]` of matrices `[rank, hidden]` and
-    `[intermediate_size, rank]`, or both `[num_experts]`: one A for gate and up, and B `[2 * intermediate_size, rank]`;
-    with their lora_stride see `fill_w_ptr`. topk_ids: `[num_tokens, top_k]`, experts of the tables. lora_ids:
-    `[num_tokens]`, negative: no adapter, zeros.
+    Returns `[num_tokens, top_k, 2 * intermediate_size]`, columns of gates first, then those of up: each half
+    `scale * (x @ A.T) @ B.T` with x a row of hidden_states `[num_tokens, hidden]`, in lora_dtype, and matrices of the
+    half, of the expert in topk_ids `[num_tokens, top_k]` and of the adapter in lora_ids `[num_tokens]` (negative: none,
+    zeros). w_ptr_a, w_ptr_b: row 0 for gates, row 1 for up; A is `[rank, hidden]`, B `[intermediate_size, rank]`; of
+    one dimension: the halves share A, and B has the rows of both. lora_stride_a, lora_stride_b: see `fill_w_ptr`.
     """
     check.tensor("hidden_states", hidden_states, dtypes=check.FLOAT_DTYPES, shape=(None, None))
-    num_tokens, one_table = hidden_states.shape[0], w_ptr_a.dim() == 1
-    tables = (w_ptr_a[None], w_ptr_b[None]) if one_table and w_ptr_b.dim() == 1 else (w_ptr_a, w_ptr_b)
-    widths = [2 * intermediate_size] if one_table else [intermediate_size] * 2
-    tokens, experts = _expanded(topk_ids, lora_ids, (num_tokens, hidden_states))
-    pairs = [tokens, experts, lora_ids]
-    x = hidden_states.to(lora_dtype).contiguous()
-    y = torch.zeros(tokens.shape[0], sum(widths), dtype=torch.float32, device=x.device)
-    strides = (int(lora_stride_a), int(lora_stride_b))
-    _through_rank(y, x, tables, strides, pairs, None, (rank, widths))
-    return y.mul_(scale).view(*topk_ids.shape, sum(widths)).to(out_dtype)
+    halves = [intermediate_size, intermediate_size]
+    if w_ptr_a.dim() == w_ptr_b.dim() == 1:
+        w_ptr_a, w_ptr_b, halves = w_ptr_a[None], w_ptr_b[None], [sum(halves)]
+    pairs = _chosen(topk_ids, lora_ids, hidden_states.shape[0], hidden_states)
+    adapters = _Adapters((w_ptr_a, w_ptr_b), (int(lora_stride_a), int(lora_stride_b)), rank, halves)
+    added = _added(adapters, hidden_states.to(lora_dtype), pairs, None, topk_ids.numel())
+    return added.mul_(scale).to(out_dtype).view(*topk_ids.shape, -1)
 
 
 def bgmv_moe_gemm2_lora_delta(
@@ -191,64 +190,64 @@ def bgmv_moe_gemm2_lora_delta(
     scale: float = 1.0,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> torch.Tensor:
-    """What adapters add to the result of a mixture of experts, `[num_tokens, hidden_size]`:
+    """What the adapters of tokens add to the result of a mixture of experts, `[num_tokens, hidden_size]`.
 
-    `scale * sum over slots j of topk_weights[t, j] * B[e, l] @ (A[e, l] @ a[t, j])`. a: row
-    `expanded_idx_to_permuted_idx[t * top_k + j]` of gemm1_activation_output `[rows, intermediate_size]`, cast to
-    lora_dtype; a negative row adds nothing, whatever its expert and weight. w_ptr_a, w_ptr_b: `[1, num_experts]` of
-    matrices `[rank, intermediate_size]` and `[hidden_size, rank]`; with their lora_stride see `fill_w_ptr`. topk_ids,
-    topk_weights (fp32): `[num_tokens, top_k]`. lora_ids: `[num_tokens]`, negative: no adapter, zeros.
+    `scale * (x @ A.T) @ B.T`, weighted by topk_weights (fp32 `[num_tokens, top_k]`) and added up over a token's slots.
+    x: the row of gemm1_activation_output `[rows, intermediate_size]` that expanded_idx_to_permuted_idx
+    `[num_tokens * top_k]` names for the slot, in lora_dtype; a slot whose row is negative adds nothing, whatever its
+    expert and weight are. topk_ids, lora_ids, strides: as in `bgmv_moe_gemm1_lora_delta`. w_ptr_a, w_ptr_b:
+    `[1, num_experts]`, of matrices `[rank, intermediate_size]` and `[hidden_size, rank]`.
     """
-    activations, rows = gemm1_activation_output, expanded_idx_to_permuted_idx
-    check.tensor("gemm1_activation_output", activations, dtypes=check.FLOAT_DTYPES, shape=(None, None))
-    like = ("gemm1_activation_output", activations)
-    check.tensor("topk_ids", topk_ids, shape=(None, None))
-    num_tokens = topk_ids.shape[0]
-    tokens, experts = _expanded(topk_ids, lora_ids, (num_tokens, activations))
-    dtypes = check.POSITION_DTYPES
-    check.tensor("expanded_idx_to_permuted_idx", rows, dtypes=dtypes, shape=tuple(tokens.shape), like=like)
-    shape = tuple(topk_ids.shape)
-    check.tensor("topk_weights", topk_weights, dtypes=(torch.float32,), shape=shape, like=like)
-    there = rows >= 0
-    x = activations[torch.where(there, rows, 0).long()].to(lora_dtype).masked_fill_(~there[:, None], 0)
-    pairs = [tokens, torch.where(there, experts, 0), lora_ids]
-    y = torch.zeros(num_tokens, hidden_size, dtype=torch.float32, device=x.device)
-    weights, strides = torch.where(there, topk_weights.flatten(), 0.0), (int(lora_stride_a), int(lora_stride_b))
-    _through_rank(y, x, (w_ptr_a, w_ptr_b), strides, pairs, weights, (rank, [hidden_size]))
-    return y.mul_(scale).to(out_dtype)
+    like = ("gemm1_activation_output", gemm1_activation_output)
+    check.tensor(*like, dtypes=check.FLOAT_DTYPES, shape=(None, None))
+    pairs = _chosen(topk_ids, lora_ids, lora_ids.shape[0], gemm1_activation_output)
+    sources, name = expanded_idx_to_permuted_idx, "expanded_idx_to_permuted_idx"
+    check.tensor(name, sources, dtypes=check.POSITION_DTYPES, shape=(topk_ids.numel(),), like=like)
+    weights_shape = tuple(topk_ids.shape)
+    check.tensor("topk_weights", topk_weights, dtypes=(torch.float32,), shape=weights_shape, like=like)
+    # What is nowhere: zeros, of expert 0 and weight 0, since no host may wait to count the others.
+    nowhere = sources < 0
+    x = gemm1_activation_output[sources.clamp(min=0).long()].to(lora_dtype).masked_fill_(nowhere[:, None], 0)
+    pairs[1] = pairs[1].masked_fill(nowhere, 0)
+    weights = topk_weights.reshape(-1).masked_fill(nowhere, 0)
+    adapters = _Adapters((w_ptr_a, w_ptr_b), (int(lora_stride_a), int(lora_stride_b)), rank, [hidden_size])
+    return _added(adapters, x, pairs, weights, lora_ids.shape[0]).mul_(scale).to(out_dtype)
 
 
-def _expanded(
-    topk_ids: torch.Tensor, lora_ids: torch.Tensor, of: tuple[int, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token and expert of every pair `token * top_k + slot`. of: number of tokens, and a tensor on their device."""
-    num_tokens, like = of[0], ("the other tensors", of[1])
-    check.tensor("topk_ids", topk_ids, dtypes=check.POSITION_DTYPES, shape=(num_tokens, None), like=like)
-    check.tensor("lora_ids", lora_ids, dtypes=check.POSITION_DTYPES, shape=(num_tokens,), like=like)
-    tokens = torch.arange(num_tokens, device=topk_ids.device)[:, None].expand(topk_ids.shape)
-    return tokens.reshape(-1), topk_ids.reshape(-1)
+class _Adapters(NamedTuple):
+    """tables, strides: of A and of B, see `fill_w_ptr`. widths: rows of B in each of the tables' rows."""
+
+    tables: tuple[torch.Tensor, torch.Tensor]
+    strides: tuple[int, int]
+    rank: int
+    widths: list[int]
 
 
-def _through_rank(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    tables: tuple[torch.Tensor, torch.Tensor],
-    strides: tuple[int, int],
-    pairs: list[torch.Tensor],
-    weights: torch.Tensor | None,
-    sizes: tuple[int, list[int]],
-) -> None:
-    """Both products of `x`, whose rows are pairs where there are weights, added to `y`. sizes: rank, widths."""
-    (rank, widths), like = sizes, ("the other tensors", x)
+def _chosen(topk_ids: torch.Tensor, lora_ids: torch.Tensor, num_tokens: int, like: torch.Tensor) -> list[torch.Tensor]:
+    """Token, expert and, by token, adapter of the pairs of all tokens with all their experts; checked."""
+    others = ("the other tensors", like)
+    check.tensor("topk_ids", topk_ids, dtypes=check.POSITION_DTYPES, shape=(num_tokens, None), like=others)
+    check.tensor("lora_ids", lora_ids, dtypes=check.POSITION_DTYPES, shape=(num_tokens,), like=others)
+    slots = torch.arange(topk_ids.numel(), device=like.device)
+    return [slots // max(topk_ids.shape[1], 1), topk_ids.reshape(-1), lora_ids.contiguous()]
+
+
+def _added(
+    adapters: _Adapters, x: torch.Tensor, pairs: list[torch.Tensor], weights: torch.Tensor | None, num_rows: int
+) -> torch.Tensor:
+    """fp32 `[num_rows, columns]`. weights: x has a row for each pair, and a token's are added up; None: neither."""
+    tables, strides, rank, widths = adapters
     check.choice("lora_dtype", x.dtype, check.FLOAT_DTYPES)
     check.positive("rank", rank)
     for name, table in zip(("w_ptr_a", "w_ptr_b"), tables, strict=True):
-        shape = (len(widths), None)
-        check.tensor(name, table, dtypes=(torch.int64,), shape=shape, like=like, inner_contiguous=True)
+        like = ("the other tensors", x)
+        check.tensor(name, table, dtypes=(torch.int64,), shape=(len(widths), None), like=like, inner_contiguous=True)
     low = torch.zeros(len(widths), pairs[0].shape[0], rank, dtype=torch.float32, device=x.device)
-    ops.shrink(low, x, [tables[0]], strides[0], x.dtype, pairs, weights is not None)
+    ops.shrink(low, x.contiguous(), [tables[0]], strides[0], x.dtype, pairs, weights is not None)
+    out = torch.zeros(num_rows, sum(widths), dtype=torch.float32, device=x.device)
     begins = torch.arange(len(widths), device=x.device) * widths[0]
-    ops.expand(y, low, [tables[1]], strides[1], x.dtype, [*pairs, weights], begins, widths)
+    ops.expand(out, low, [tables[1]], strides[1], x.dtype, [*pairs, weights], begins, widths)
+    return out
 
 
 def _begins(widths: list[int]) -> list[int]:
