@@ -168,7 +168,9 @@ def test_sums_in_rounds(tokens: int, device: str, backend: str, monkeypatch: pyt
     """A token's experts are added a few at a time, the last time fewer."""
     if backend == "torch":
         pytest.skip("torch adds expert by expert")
-    monkeypatch.setattr(pytest.importorskip("flashinfer.ops.moe.triton.configs"), "TOGETHER", 4)
+    configs = pytest.importorskip("flashinfer.ops.moe.triton.configs")
+    for name in ("COMBINE_FEW", "COMBINE_MANY"):
+        monkeypatch.setattr(configs, name, (4, 128))
     sizes = SMALL._replace(experts=9, top_k=6)
     x = torch.randn(tokens, sizes.hidden, device=device)
     check(x, routes_of(tokens, sizes, device), plain_experts(sizes, torch.float32, device, biased=True))

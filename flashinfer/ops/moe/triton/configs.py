@@ -22,16 +22,17 @@ SCAN = 64
 # Programs an SM that keep the memory busy to the end.
 WAVES = 4
 MAX_SPLITS = 8
-# Pairs of a program that sorts, beyond which there are several.
-SORT_BLOCK = 512
-MAX_SORT_BLOCKS = 256
-SORT_TILE = 8192
-WARPS_SORT = 8
+# Pairs that one program sorts, beyond which there are several, as many as run at once.
+SORT_ALONE = 512
+MAX_SORT_BLOCKS = 128
+# Pairs compared with each other, one a thread: each waits for one load, and registers hold what is compared.
+WARPS_SORT, SORT_CHUNK = 4, 128
+# Counts that a program reads at a time, and the fewest experts: as many as the widest warp has threads.
+SORT_TILE, SORT_EXPERTS = 8192, 64
 # Bytes of weights that a program asks for before it waits: what the memory sends while one launch follows another.
 AHEAD_BYTES = 65_536
-# Parts of rows that a program of the last sum reads at once, and columns of it.
-TOGETHER = 16
-COMBINE_BLOCK = 1024
+# Parts of rows that a program of the last sum reads at once, and columns of it: for few tokens, and for many.
+COMBINE_FEW, COMBINE_MANY = (32, 256), (16, 1024)
 # Rows of a program that brings them into order: a few wide ones where they are copied.
 ROWS_QUANTISED, ROWS_COPIED, COPIED_COLUMNS = 16, 4, 1024
 
@@ -70,8 +71,10 @@ def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
     bits = {"plain": 8 * spec.weight_dtype.itemsize, "mxfp4": 4}.get(spec.kind, 8)
     many_rows = block_m(spec, arch, tokens) > 32
     block_k = 128 if bits <= 16 else 64
-    # Weights that are converted in registers want more threads.
-    block_r, num_warps = (64, 4) if bits >= 16 else (128 if arch.has_wgmma else 64, 8)
+    block_r = 128 if bits < 16 and arch.has_wgmma else 64
+    # Weights that are converted in registers want more threads, and so do sums beside those of a block of 32 rows.
+    as_stored = bits >= 16 or (spec.kind == "fp8_block" and arch.converts_to_fp8 and block_m(spec, arch, tokens) == 16)
+    num_warps = 4 if as_stored else 8
     if many_rows and not arch.has_wgmma:
         num_warps = 8
     stages = 3 if many_rows else 4
@@ -163,9 +166,10 @@ def ahead_of(spec: MoESpec, arch: Arch, tiles: Tiles, first: bool) -> int:
     return AHEAD_BYTES // tiles.block_r * 8 // bits
 
 
-def combine_config(spec: MoESpec, arch: Arch, splits: int) -> CombineConfig:
-    block = min(COMBINE_BLOCK, max(128, int(triton.next_power_of_2(spec.hidden_size))))
-    together = min(max(1, TOGETHER // splits), spec.top_k)
+def combine_config(spec: MoESpec, arch: Arch, splits: int, few: bool) -> CombineConfig:
+    parts, columns = COMBINE_FEW if few else COMBINE_MANY
+    block = min(columns, max(128, int(triton.next_power_of_2(spec.hidden_size))))
+    together = min(max(1, parts // splits), spec.top_k)
     return CombineConfig(spec.hidden_size, spec.num_experts, spec.top_k, splits, block, together, arch.launches_early)
 
 
@@ -175,13 +179,14 @@ def rows_config(arch: Arch, quantise: bool) -> RowsConfig:
 
 
 def sort_config(spec: MoESpec, arch: Arch) -> SortConfig:
-    experts = max(16, int(triton.next_power_of_2(spec.num_experts)))
-    chunk = max(16, min(256, SORT_TILE // experts))
+    experts = max(SORT_EXPERTS, int(triton.next_power_of_2(spec.num_experts)))
     blocks = max(1, min(64, SORT_TILE // experts))
-    return SortConfig(spec.num_experts, spec.top_k, experts, chunk, blocks, arch.launches_early)
+    return SortConfig(spec.num_experts, spec.top_k, experts, SORT_CHUNK, blocks, arch.launches_early)
 
 
 def sort_blocks(num_pairs: int) -> tuple[int, int]:
     """(blocks, pairs of each)."""
-    per_block = max(SORT_BLOCK, triton.cdiv(num_pairs, MAX_SORT_BLOCKS))
+    per_block = SORT_ALONE
+    if num_pairs > SORT_ALONE:
+        per_block = SORT_CHUNK * triton.cdiv(num_pairs, SORT_CHUNK * MAX_SORT_BLOCKS)
     return triton.cdiv(num_pairs, per_block), per_block

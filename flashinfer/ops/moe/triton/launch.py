@@ -200,7 +200,7 @@ def combine(call: Call, y: torch.Tensor, rows: torch.Tensor | None) -> None:
     out, routes, bias = tensors.out, tensors.routes, tensors.experts.bias2
     if rows is not None:
         bias = None  # the product has added it
-    cfg = combine_config(spec, arch, y.shape[0])
+    cfg = combine_config(spec, arch, y.shape[0], few=rows is None)
     parts = Parts(y, y.stride(0), rows, bias, 0 if bias is None else bias.stride(0))
     used = (out, y, rows, bias, routes.ids, routes.weights)
     # The stride between parts is that of all pairs: any number.
