@@ -170,18 +170,19 @@ def combine_config(spec: MoESpec, arch: Arch, splits: int, few: bool) -> Combine
     parts, columns = COMBINE_FEW if few else COMBINE_MANY
     block = min(columns, max(128, int(triton.next_power_of_2(spec.hidden_size))))
     together = min(max(1, parts // splits), spec.top_k)
-    return CombineConfig(spec.hidden_size, spec.num_experts, spec.top_k, splits, block, together, arch.launches_early)
+    early = few and arch.launches_early
+    return CombineConfig(spec.hidden_size, spec.num_experts, spec.top_k, splits, block, together, early)
 
 
-def rows_config(arch: Arch, quantise: bool) -> RowsConfig:
+def rows_config(arch: Arch, quantise: bool, early: bool) -> RowsConfig:
     rows, columns = (ROWS_QUANTISED, BLOCK) if quantise else (ROWS_COPIED, COPIED_COLUMNS)
-    return RowsConfig(rows, columns, quantise, arch.converts_to_fp8, arch.launches_early)
+    return RowsConfig(rows, columns, quantise, arch.converts_to_fp8, early)
 
 
-def sort_config(spec: MoESpec, arch: Arch) -> SortConfig:
+def sort_config(spec: MoESpec, early: bool) -> SortConfig:
     experts = max(SORT_EXPERTS, int(triton.next_power_of_2(spec.num_experts)))
     blocks = max(1, min(64, SORT_TILE // experts))
-    return SortConfig(spec.num_experts, spec.top_k, experts, SORT_CHUNK, blocks, arch.launches_early)
+    return SortConfig(spec.num_experts, spec.top_k, experts, SORT_CHUNK, blocks, early)
 
 
 def sort_blocks(num_pairs: int) -> tuple[int, int]:

@@ -138,7 +138,9 @@ def sort_cases() -> Iterator[GateCase]:
     for experts, several, name in product((8, 256, 1024), (False, True), ALL_ARCHS):
         if experts != 256 and name != "sm90":
             continue
-        cfg = sort_config(spec_of("qwen", "plain", BF16, BF16)._replace(num_experts=experts), arch_named(name))
+        cfg = sort_config(
+            spec_of("qwen", "plain", BF16, BF16)._replace(num_experts=experts), arch_named(name).launches_early
+        )
         how = {"options": {"num_warps": WARPS_SORT, **launch_options(name)}, "archs": (name,)}
         counts = I32_PTR if several else None
         label = f"sort_{experts}{'_blocks' if several else ''}"
@@ -175,7 +177,8 @@ def row_cases() -> Iterator[GateCase]:
         if name == "sm80":
             continue
         how = {"options": launch_options(name), "archs": (name,)}
-        cfg, copied = (Constant(rows_config(arch_named(name), quantise)) for quantise in (True, False))
+        arch = arch_named(name)
+        cfg, copied = (Constant(rows_config(arch, quantise, arch.launches_early)) for quantise in (True, False))
         sizes = {"num_rows": ODD, "width": EVEN, "stride": EVEN, "cfg": cfg}
         arguments = {"out": U8_PTR, "scales": FP32_PTR, "x": BF16_PTR, "gathered": Gathered(I32_PTR, I32_PTR), **sizes}
         yield case_of(f"rows_gathered.{name}", rows_kernel, arguments, **how)

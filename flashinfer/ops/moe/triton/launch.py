@@ -56,17 +56,25 @@ class Call(NamedTuple):
     scratch: Scratch
 
     @property
+    def few(self) -> bool:
+        return self.tensors.x.shape[0] <= FEW_TOKENS
+
+    @property
+    def early(self) -> bool:
+        """Whether each launch may begin before the one before it has ended, and waits itself."""
+        return self.few and self.arch.launches_early
+
+    @property
     def options(self) -> dict[str, bool]:
-        """Of launches: each may begin before the one before it has ended, and waits itself."""
-        return {"launch_pdl": True} if self.arch.launches_early else {}
+        return {"launch_pdl": True} if self.early else {}
 
 
 def bind(spec: MoESpec, arch: Arch) -> Callable[[MoE, Scratch], None]:
     """The call for one kind."""
 
     def run(tensors: MoE, scratch: Scratch) -> None:
-        few = tensors.x.shape[0] <= FEW_TOKENS
-        (_run_few if few else _run_many)(Call(spec, arch, tensors, scratch))
+        call = Call(spec, arch, tensors, scratch)
+        (_run_few if call.few else _run_many)(call)
 
     return run
 
@@ -85,9 +93,9 @@ def _bytes(x: torch.Tensor) -> torch.Tensor:
 
 def sort_pairs(call: Call, order: bool, tokens: bool, rows: bool) -> Sorted:
     """Pairs sorted by expert; order, tokens, rows: which of these are wanted."""
-    spec, arch, tensors, scratch = call
+    spec, _, tensors, scratch = call
     ids = tensors.routes.ids
-    cfg, num_pairs = sort_config(spec, arch), ids.numel()
+    cfg, num_pairs = sort_config(spec, call.early), ids.numel()
     blocks, per_block = sort_blocks(num_pairs)
 
     def made(size: int, wanted: bool = True) -> torch.Tensor | None:
@@ -254,7 +262,7 @@ def _arranged(
     out = scratch.empty((num_rows, width), E4M3 if quantise else x.dtype)
     scales = scratch.empty((num_rows, triton.cdiv(width, BLOCK)), torch.float32) if quantise else None
     gathered = Gathered(None, None) if places is None else Gathered(places.tokens, places.indptr[-1:])
-    cfg = rows_config(arch, quantise)
+    cfg = rows_config(arch, quantise, call.early)
     key = (token(cfg, x.dtype, places is None, _keyed(width, x.stride(0))), alignment(x, *gathered))
     arguments = (_bytes(out), scales, _bytes(x), gathered, num_rows, width, x.stride(0), cfg)
     grid = (triton.cdiv(num_rows, cfg.rows), triton.cdiv(width, cfg.columns), 1)
@@ -269,7 +277,7 @@ def _cast_hidden(call: Call, hidden: torch.Tensor, places: Sorted) -> torch.Tens
     ids, scale = tensors.routes.ids, tensors.experts.hidden_scale
     assert scale is not None
     out = scratch.empty((num_rows, width), E4M3)
-    cfg = rows_config(arch, quantise=True)
+    cfg = rows_config(arch, True, call.early)
     count = places.indptr[-1:]
     stride = int(scale.numel() > 1)
     key = (token(cfg, ids.dtype, _keyed(width, stride)), alignment(ids, scale, count))
