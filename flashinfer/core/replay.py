@@ -75,9 +75,15 @@ recording = _Recording()
 
 
 def permanent(x: torch.Tensor) -> torch.Tensor:
-    """Keep `x`, which nothing writes to any more, for the life of the process: records may hold its address."""
+    """Keep `x`, which is no argument of a call, until it is released: records hold its address."""
     _permanent[x.data_ptr()] = x
     return x
+
+
+def release(tensors: Sequence[torch.Tensor]) -> None:
+    """Let go of tensors that were permanent. No call may come again whose records hold their addresses."""
+    for x in tensors:
+        _permanent.pop(x.data_ptr(), None)
 
 
 def forget() -> None:

@@ -1,0 +1,99 @@
+"""The records of a collective: what kind it is (host values), and the tensors it reads and writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class CollectiveSpec:
+    """One kind of collective over rows of `cols` elements.
+
+    kind: "all_reduce", "all_gather", "reduce_scatter". two_shot: of an all-reduce, whether each row is added up by one
+    rank only. weight_bias: added to the weight of the norm, None without one. quantised: fp8 dtype of its result, or None.
+    unreachable: why kernels cannot work on all ranks' memory, None if they can.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    cols: int
+    world_size: int
+    two_shot: bool = False
+    adds: bool = False
+    weight_bias: float | None = None
+    quantised: torch.dtype | None = None
+    unreachable: str | None = None
+
+
+class Reduce(NamedTuple):
+    """The tensors of an all-reduce, contiguous, on one device; None where not asked for.
+
+    input, total (the sum), residual (added to it), residual_out (the result), normed (RMSNorm of that with `weight`
+    `[hidden_size]`): `[rows, hidden_size]` of one dtype. quantised: fp8, the norm divided by `scale`, fp32 of one
+    element. total may be input, residual_out may be residual.
+    """
+
+    input: torch.Tensor
+    total: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+    residual_out: torch.Tensor | None = None
+    normed: torch.Tensor | None = None
+    weight: torch.Tensor | None = None
+    quantised: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+
+
+class Word(NamedTuple):
+    """What a rank is about to do, as one number that the ranks compare: 63 bits, never 0.
+
+    An odd number above 2^32, so that kernels are compiled for it once.
+    """
+
+    kind: int
+    dtype: int
+    fused: int
+    cols: int
+    num_elements: int
+
+    # Bits of each field, the lowest first.
+    WIDTHS = (4, 3, 3, 15, 36)
+
+    @property
+    def packed(self) -> int:
+        number, shift = 1, 1
+        for value, width in zip(self, self.WIDTHS, strict=True):
+            number |= (value & ((1 << width) - 1)) << shift
+            shift += width
+        return number | 1 << 62
+
+    @classmethod
+    def unpacked(cls, number: int) -> Word:
+        fields, number = [], number >> 1
+        for width in cls.WIDTHS:
+            fields.append(number & ((1 << width) - 1))
+            number >>= width
+        return cls(*fields)
+
+    def differences(self, other: Word) -> str:
+        """In words, what differs, this rank's first."""
+        shown = {
+            "the call": lambda w: KINDS[w.kind] if w.kind < len(KINDS) else str(w.kind),
+            "dtype": lambda w: str(DTYPES[w.dtype]) if w.dtype < len(DTYPES) else str(w.dtype),
+            "what follows the sum": lambda w: str(w.fused),
+            "hidden_size": lambda w: str(w.cols),
+            "number of elements": lambda w: str(w.num_elements),
+        }
+        pairs = zip(shown.items(), self, other, strict=True)
+        return "; ".join(f"{name}: {show(self)} here, {show(other)} there" for (name, show), a, b in pairs if a != b)
+
+
+def word_of(spec: CollectiveSpec, num_elements: int) -> Word:
+    """What a rank says of a call over `num_elements`."""
+    fused = 4 * (spec.quantised is not None) + 2 * (spec.weight_bias is not None) + spec.adds
+    return Word(KINDS.index(spec.kind), DTYPES.index(spec.dtype), fused, spec.cols, num_elements)

@@ -1,0 +1,142 @@
+"""All-reduce of rows, with what follows it: the residual's addition, RMSNorm, fp8."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from flashinfer.device.fp8 import to_fp8
+from flashinfer.device.mailbox import greet, marks, receive, receive_sum, sendable, turns, used
+
+
+@dataclass(frozen=True)
+class ReduceConfig:
+    """What a compiled form depends on.
+
+    cols: elements of a row, block: rounded up to 2^n. cut: whether the last row may end early. two_shot: each row is added up by one rank, which sends the sum,
+    instead of by all. weight_bias: added to the norm's weight. mantissa_bits: of the fp8 result, 0 if it is none.
+    """
+
+    world_size: int
+    cols: int
+    block: int
+    cut: bool
+    two_shot: bool
+    weight_bias: float
+    mantissa_bits: int
+    native_fp8: bool
+
+
+class Reduced(NamedTuple):
+    """Tensors beside the input, rows of `cols` elements without gaps; None where not asked for.
+
+    total: the sum. residual, residual_out: what is added to it, and the result. normed: RMSNorm of that with `weight`
+    `[cols]`. quantised: fp8 codes of the norm divided by `scale`, fp32 of one element.
+    """
+
+    total: torch.Tensor | None
+    residual: torch.Tensor | None
+    residual_out: torch.Tensor | None
+    normed: torch.Tensor | None
+    weight: torch.Tensor | None
+    quantised: torch.Tensor | None
+    scale: torch.Tensor | None
+
+
+@triton.jit
+def _one_shot(box, x, row, offs, mask, cfg: tl.constexpr):
+    """Every rank sends its row to all, and adds up. A place: the row of each rank; all of it is emptied."""
+    W: tl.constexpr = cfg.world_size
+    use, now, before = turns(box, row)
+    place = tl.cast(row, tl.int64) * W * cfg.cols + offs
+    for rank in tl.static_range(W):
+        if rank != box.rank:
+            tl.store(box.peers[rank] + now + place + box.rank * cfg.cols, x, mask=mask)
+    total = receive_sum(box, now + place, mask, cfg.cols, x, row, W)
+    for rank in tl.static_range(W):
+        tl.store(box.own + before + place + rank * cfg.cols, marks(x.shape, x.dtype), mask=offs < cfg.cols)
+    used(box, row, use)
+    return total
+
+
+@triton.jit
+def _two_shot(box, x, row, offs, mask, cfg: tl.constexpr):
+    """Row i goes to rank i % W, which adds it up and sends the sum, in the rows' dtype, to all.
+
+    W places in a row: the rows of all ranks for the one that this rank adds up, then the sums of W rows.
+    """
+    W: tl.constexpr = cfg.world_size
+    use, now, before = turns(box, row)
+    owner = row % W
+    place = tl.cast(row // W, tl.int64) * (2 * W) * cfg.cols + offs
+    result = place + (W + owner) * cfg.cols
+    if owner == box.rank:
+        total = receive_sum(box, now + place, mask, cfg.cols, x, row, W)
+        total = sendable(total.to(x.dtype))
+        for rank in tl.static_range(W):
+            if rank != box.rank:
+                tl.store(box.peers[rank] + now + result, total, mask=mask)
+            tl.store(box.own + before + place + rank * cfg.cols, marks(x.shape, x.dtype), mask=offs < cfg.cols)
+    else:
+        for rank in tl.static_range(W):
+            if rank == owner:
+                tl.store(box.peers[rank] + now + place + box.rank * cfg.cols, x, mask=mask)
+        total = receive(box, now + result, mask, owner, row)
+        tl.store(box.own + before + result, marks(x.shape, x.dtype), mask=offs < cfg.cols)
+    used(box, row, use)
+    return total.to(tl.float32)
+
+
+@triton.jit
+def _write(tensors, total, residual, weight, row, offs, mask, eps, cfg: tl.constexpr):
+    """What is asked for of a sum; `offs`: of the row in each tensor."""
+    if tensors.total is not None:
+        tl.store(tensors.total + offs, total.to(tensors.total.dtype.element_ty), mask=mask)
+    if tensors.residual is not None:
+        total += residual.to(tl.float32)
+    if tensors.residual_out is not None:
+        tl.store(tensors.residual_out + offs, total.to(tensors.residual_out.dtype.element_ty), mask=mask)
+    if tensors.weight is not None:
+        square = tl.sum(tl.where(mask, total * total, 0.0), 0) / cfg.cols
+        y = total * tl.rsqrt(square + eps) * (weight.to(tl.float32) + cfg.weight_bias)
+        if tensors.normed is not None:
+            tl.store(tensors.normed + offs, y.to(tensors.normed.dtype.element_ty), mask=mask)
+        if tensors.quantised is not None:
+            code = to_fp8(y * (1.0 / tl.load(tensors.scale)), cfg.mantissa_bits, cfg.native_fp8)
+            tl.store(tensors.quantised + offs, code, mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def reduce_kernel(input, tensors, box, greeting, num_rows, num_elements, eps, cfg: tl.constexpr):
+    """Grid: one program that greets, then at most one a row.
+
+    input: `num_rows` rows of `cfg.cols`, with `cfg.cut` `num_elements` in all. tensors: Reduced.
+    """
+    program, num_programs = tl.program_id(0) - 1, tl.num_programs(0) - 1
+    if program < 0:
+        greet(box, greeting, cfg.world_size)
+    else:
+        cols = tl.arange(0, cfg.block)
+        if tensors.weight is not None:
+            weight = tl.load(tensors.weight + cols, mask=cols < cfg.cols, other=0.0)
+        else:
+            weight = 0.0
+        for row in range(program, num_rows, num_programs):
+            offs = tl.cast(row, tl.int64) * cfg.cols + cols
+            mask = cols < cfg.cols
+            if cfg.cut:
+                mask &= offs < num_elements
+            x = sendable(tl.load(input + offs, mask=mask, other=0.0))
+            if tensors.residual is not None:
+                residual = tl.load(tensors.residual + offs, mask=mask, other=0.0)
+            else:
+                residual = 0.0
+            if cfg.two_shot:
+                total = _two_shot(box, x, row, cols, mask, cfg)
+            else:
+                total = _one_shot(box, x, row, cols, mask, cfg)
+            _write(tensors, total, residual, weight, row, offs, mask, eps, cfg)

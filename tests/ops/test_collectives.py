@@ -1,0 +1,194 @@
+"""Collectives of several ranks: torch.distributed's against plain sums, the kernels against these."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashinfer.core.peers import PeerError, Peers
+from flashinfer.ops import collectives
+from flashinfer.ops.collectives import Reduce, Workspace
+from tests.conftest import HAS_GPU
+from tests.ranks import outcomes, run_ranks
+
+TWO_GPUS = HAS_GPU and torch.cuda.device_count() >= 2
+FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
+
+
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype, world_size: int, seed: int) -> list[torch.Tensor]:
+    """The inputs of all ranks, known to each; with zeros of both signs, NaN and infinity among them."""
+    generator = torch.Generator().manual_seed(seed)
+    inputs = [torch.randn(shape, generator=generator).to(dtype) for _ in range(world_size)]
+    for rank, x in enumerate(inputs):
+        flat = x.view(-1)
+        flat[rank::7] = 0.0
+        flat[rank::11] = -0.0
+    return inputs
+
+
+def _reduce_cases(rank: int, world_size: int, device: torch.device, backend: str, seed: int, cases: list[Any]) -> None:
+    workspace = Workspace(Peers(None, device), 1 << 16)
+    for i, (num_rows, hidden_size, dtype, two_shot) in enumerate(cases):
+        inputs = _inputs((num_rows, hidden_size), dtype, world_size, seed + i)
+        x = inputs[rank].to(device)
+        total = torch.full_like(x, float("nan"))
+        collectives.reduce(Reduce(x, total), workspace, 0.0, 0.0, two_shot, backend)
+        expected = sum(y.float() for y in inputs).to(dtype)
+        where = f"{cases[i]} on rank {rank}, call {i}"
+        torch.testing.assert_close(total.cpu(), expected, rtol=0, atol=0, msg=lambda m, w=where: f"{w}: {m}")
+        assert torch.equal(x.cpu(), inputs[rank])
+    workspace.check()
+    workspace.close()
+
+
+def _random_cases(seed: int, count: int) -> list[Any]:
+    rng = random.Random(seed)
+    shapes = [(1, 1), (1, 8), (3, 5), (2, 4096), (7, 1000), (1, 8192), (5, 4099), (16, 2048)]
+    return [(*rng.choice(shapes), rng.choice((FP16, FP32)), rng.choice((True, False))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_sums_by_torch(world_size: int, rng: random.Random) -> None:
+    run_ranks(_reduce_cases, world_size, "torch", rng.randrange(1000), _random_cases(rng.randrange(1000), 6))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_sums_through_mailboxes(world_size: int, rng: random.Random) -> None:
+    cases = _random_cases(rng.randrange(1000), 12)
+    run_ranks(_reduce_cases, world_size, "triton", rng.randrange(1000), cases)
+
+
+def _norm_cases(rank: int, world_size: int, device: torch.device, backend: str, seed: int, cases: list[Any]) -> None:
+    workspace = Workspace(Peers(None, device), 1 << 16)
+    generator = torch.Generator().manual_seed(seed)
+    for i, (num_rows, hidden_size, dtype, two_shot, quantised) in enumerate(cases):
+        inputs = _inputs((num_rows, hidden_size), dtype, world_size, seed + i)
+        residual = torch.randn(num_rows, hidden_size, generator=generator).to(dtype)
+        weight = torch.rand(hidden_size, generator=generator).to(dtype)
+        scale = torch.rand(1, generator=generator) + 0.1
+        x = inputs[rank].to(device)
+        empty = [torch.full_like(x, float("nan")) for _ in range(3)]
+        codes = torch.full_like(x, float("nan")).to(torch.float8_e4m3fn) if quantised else None
+        tensors = Reduce(x, empty[0], residual.to(device), empty[1], empty[2], weight.to(device), codes, scale.to(device))
+        collectives.reduce(tensors, workspace, 1e-6, 1.0, two_shot, backend)
+        exact = sum(y.double() for y in inputs)
+        tolerance = {"rtol": 2**-9 if dtype == FP16 else 2**-6 if dtype == BF16 else 1e-5, "atol": 2e-3}
+        torch.testing.assert_close(empty[0].cpu().double(), exact, **tolerance)
+        exact = exact + residual.double()
+        torch.testing.assert_close(empty[1].cpu().double(), exact, **tolerance)
+        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-6) * (weight.double() + 1.0)
+        torch.testing.assert_close(empty[2].cpu().double(), exact, **{**tolerance, "atol": 4e-3})
+        if codes is not None:
+            torch.testing.assert_close(codes.cpu().double(), exact / scale.double(), rtol=2**-3, atol=2**-6)
+    workspace.check()
+    workspace.close()
+
+
+NORM_CASES = [
+    (3, 64, FP32, False, False),
+    (5, 128, FP16, True, True),
+    (1, 2880, FP16, False, True),
+    (4, 96, FP32, True, False),
+]
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("torch", 2), ("torch", 3), ("triton", 2), ("triton", 3)])
+def test_norms_of_sums(backend: str, world_size: int, rng: random.Random) -> None:
+    run_ranks(_norm_cases, world_size, backend, rng.randrange(1000), NORM_CASES)
+
+
+def _share_cases(rank: int, world_size: int, device: torch.device, backend: str, seed: int, cases: list[Any]) -> None:
+    workspace = Workspace(Peers(None, device), 1 << 16)
+    for i, (num_rows, hidden_size, dtype) in enumerate(cases):
+        inputs = _inputs((num_rows, hidden_size), dtype, world_size, seed + i)
+        x = inputs[rank].to(device)
+        out = torch.full((world_size * num_rows, hidden_size), float("nan"), dtype=dtype, device=device)
+        collectives.share("all_gather", out, x, workspace, backend)
+        assert torch.equal(out.cpu(), torch.cat(inputs)), (cases[i], rank)
+        whole = _inputs((world_size * num_rows, hidden_size), dtype, world_size, seed + i)
+        part = torch.full((num_rows, hidden_size), float("nan"), dtype=dtype, device=device)
+        collectives.share("reduce_scatter", part, whole[rank].to(device), workspace, backend)
+        expected = sum(y.float() for y in whole).view(world_size, num_rows, hidden_size)[rank].to(dtype)
+        assert torch.equal(part.cpu(), expected), (cases[i], rank)
+    workspace.check()
+    workspace.close()
+
+
+SHARE_CASES = [(1, 1, FP16), (3, 5, FP32), (2, 4096, FP16), (7, 1234, FP32), (33, 1000, FP16)]
+
+
+@pytest.mark.parametrize(("backend", "world_size"), [("torch", 2), ("torch", 4), ("triton", 2), ("triton", 3)])
+def test_gather_and_scatter(backend: str, world_size: int, rng: random.Random) -> None:
+    run_ranks(_share_cases, world_size, backend, rng.randrange(1000), SHARE_CASES)
+
+
+def _other_shape(rank: int, world_size: int, device: torch.device, backend: str) -> str:
+    workspace = Workspace(Peers(None, device, timeout=1.0), 1 << 16)
+    x = torch.ones(2 + rank, 64, device=device)
+    try:
+        for _ in range(2):  # the kernels tell of the first call when the next one is made
+            collectives.reduce(Reduce(x, torch.empty_like(x)), workspace, 0.0, 0.0, None, backend)
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            workspace.check()
+    except PeerError as error:
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_ranks_with_other_shapes_are_named(backend: str) -> None:
+    first, second = run_ranks(_other_shape, 2, backend)
+    assert "rank 1 made another call; number of elements: 128 here, 192 there" in first, first
+    assert "rank 0 made another call; number of elements: 192 here, 128 there" in second, second
+
+
+def _missing(rank: int, world_size: int, device: torch.device, backend: str) -> tuple[str, float]:
+    workspace = Workspace(Peers(None, device, timeout=1.0), 1 << 16)
+    x = torch.ones(4, 64, device=device)
+    collectives.reduce(Reduce(x, torch.empty_like(x)), workspace, 0.0, 0.0, None, backend)
+    if rank == 1:
+        os._exit(5)
+    begin = time.monotonic()
+    try:
+        for _ in range(50):
+            collectives.reduce(Reduce(x, torch.empty_like(x)), workspace, 0.0, 0.0, None, backend)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        workspace.check()
+    except PeerError as error:
+        return str(error), time.monotonic() - begin
+    return "no error", 0.0
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_rank_that_died_is_named_in_time(backend: str) -> None:
+    (message, seconds), dead = outcomes(_missing, 2, backend)
+    assert "exit code 5" in str(dead)
+    assert "rank 1" in message and seconds < 30, (message, seconds)
+
+
+def _rounds(rank: int, world_size: int, device: torch.device) -> int:
+    peers = Peers(None, device)
+    for _ in range(5):
+        workspace = Workspace(Peers(None, device), 1 << 14)
+        x = torch.ones(4, 64)
+        collectives.reduce(Reduce(x, x), workspace, 0.0, 0.0, None, "triton")
+        assert (x == world_size).all()
+        workspace.close()
+        with pytest.raises(RuntimeError, match="destroyed"):
+            workspace.check()
+    peers.gather("end", None)
+    gc.collect()
+    return sum("flashinfer-" in line for line in Path("/proc/self/maps").read_text().splitlines())
+
+
+def test_workspaces_leave_nothing() -> None:
+    assert run_ranks(_rounds, 2) == [0, 0]
