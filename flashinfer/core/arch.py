@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -93,3 +94,10 @@ def identity_of(device: torch.device) -> tuple[str, str]:
         if other != index and not torch.cuda.can_device_access_peer(index, other)
     ]
     return str(torch.cuda.get_device_properties(index).uuid), "; ".join(refused)
+
+
+def address_of(index: int) -> tuple[str, str]:
+    """The UUID and the PCI address of GPU `index`: the same in every process, however it numbers its GPUs."""
+    properties: Any = torch.cuda.get_device_properties(index)
+    place = f"{properties.pci_domain_id:08x}:{properties.pci_bus_id:02x}:{properties.pci_device_id:02x}.0"
+    return str(properties.uuid), place
