@@ -3,8 +3,9 @@
     python examples/demo.py                     # `make demo` installs what this needs and runs it
     python examples/demo.py --check             # compare greedy tokens with transformers
     python examples/demo.py --random-weights    # no model, only torch and flashinfer
+    python examples/demo.py --tensor-parallel 2 # two processes (on GPUs: one GPU each) share the model
 
-Reading order: attention.py (FlashInfer's wrappers), model.py (the layers), engine.py (the batching).
+Reading order: attention.py (FlashInfer's wrappers), model.py (the layers), engine.py (the batching), parallel.py.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from check import check
 from display import make_display
 from engine import Engine, Limits, Request, Sampling
 from model import Llama, LlamaConfig
+from parallel import Ranks, run_on_ranks
 from random_llama import random_llama
 from smollm2 import smollm2
 from source import MissingPackageError, Source
@@ -80,6 +82,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     group.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     group.add_argument("--backend", default="auto", help="attention implementation: auto, torch, triton")
     group.add_argument("--threads", type=int, default=min(8, available_cpus()), help="CPU threads of torch")
+    group.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="RANKS",
+        help="processes, or GPUs, that share the model; must divide its heads (SmolLM2: 3)",
+    )
 
     group = parser.add_argument_group("random weights")
     group.add_argument("--random-weights", action="store_true", help="a toy Llama over bytes instead of SmolLM2")
@@ -90,6 +99,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.dtype == "auto":
         args.dtype = "float32" if args.check or args.device == "cpu" else "bfloat16"
+    gpus = torch.cuda.device_count()
+    if args.tensor_parallel < 1 or (args.device.startswith("cuda") and args.tensor_parallel > max(gpus, 1)):
+        parser.error(f"--tensor-parallel: got {args.tensor_parallel}, expected 1 or more, on CUDA at most {gpus} GPUs.")
     if args.check and (args.dtype != "float32" or args.temperature != 0):
         parser.error("--check compares greedy tokens in float32: leave --dtype and --temperature alone.")
     if args.check and importlib.util.find_spec("transformers") is None:
@@ -102,8 +114,8 @@ def available_cpus() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def load(args: argparse.Namespace) -> tuple[Source, Llama]:
-    """The model on its device."""
+def load(args: argparse.Namespace, ranks: Ranks) -> tuple[Source, Llama]:
+    """The model, or this rank's share of it, on its device."""
     if args.random_weights:
         shape = LlamaConfig(
             hidden_size=args.hidden_size,
@@ -118,14 +130,15 @@ def load(args: argparse.Namespace) -> tuple[Source, Llama]:
     else:
         source = smollm2()
     dtype = getattr(torch, args.dtype)
-    return source, Llama(source.config, {k: w.to(args.device, dtype) for k, w in source.weights.items()})
+    config, weights = ranks.shard(source.config, source.weights)
+    return source, Llama(config, {k: w.to(args.device, dtype) for k, w in weights.items()}, ranks)
 
 
-def build(args: argparse.Namespace, prompts: Sequence[str]) -> tuple[Source, Engine, list[Request]]:
+def build(args: argparse.Namespace, prompts: Sequence[str], ranks: Ranks) -> tuple[Source, Engine, list[Request]]:
     """The engine with `prompts` waiting in it."""
     limits = Limits(args.max_batch, args.max_step_tokens, args.num_pages, args.page_size)
     sampling = Sampling(args.temperature, args.top_k, args.top_p, args.min_p, args.seed)
-    source, model = load(args)
+    source, model = load(args, ranks)
     # With --check both sides go on after EOS, so that every prompt compares as many tokens.
     engine = Engine(model, limits, sampling, () if args.check else source.eos_ids, args.backend)
     return source, engine, [engine.submit(source.encode(prompt), args.max_new_tokens) for prompt in prompts]
@@ -151,15 +164,29 @@ device     {device}, {args.dtype}"""
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the demo; returns the exit status: 1 if --check found a difference, 2 if it cannot run as asked."""
     args = parse_args(argv)
-    torch.set_num_threads(args.threads)
+    if args.tensor_parallel > 1:
+        return run_on_ranks(run, args.tensor_parallel, args.device, args)
+    return run(Ranks(), args.device, args)
+
+
+def run(ranks: Ranks, device: str, args: argparse.Namespace) -> int:
+    """One rank's run; rank 0 shows it."""
+    args.device = device
+    torch.set_num_threads(max(1, args.threads // ranks.size))
     start = time.perf_counter()
     prompts = args.prompt or PROMPTS
     try:
-        source, engine, requests = build(args, prompts)
+        source, engine, requests = build(args, prompts, ranks)
     except (MissingPackageError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        if ranks.rank == 0:
+            print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{source.name} on {args.device}, ready after {time.perf_counter() - start:.1f} s", flush=True)
+    if ranks.rank > 0:
+        while engine.has_work:
+            engine.step()
+        return 0
+    shared = f", shared by {ranks.size} ranks" if ranks.size > 1 else ""
+    print(f"{source.name} on {args.device}{shared}, ready after {time.perf_counter() - start:.1f} s", flush=True)
     with make_display(engine, prompts, source.decode) as display:
         while engine.has_work:
             display.update(engine.step())

@@ -214,7 +214,8 @@ class Engine:
         self.stats.generated_tokens += len(ready)
         finished = []
         # The one wait for the device in a step: the host must see the tokens to go on.
-        for request, token in zip(ready, self._sample(logits).tolist() if ready else [], strict=True):
+        tokens = self.model.ranks.agreed(self._sample(logits)).tolist() if ready else []
+        for request, token in zip(ready, tokens, strict=True):
             request.output.append(token)
             request.state = "decode"
             if token in self.eos_ids or len(request.output) == request.max_new_tokens:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from attention import PagedAttention
+from parallel import Ranks
 from torch.nn.functional import embedding, linear
 
 import flashinfer
@@ -56,10 +57,12 @@ class Llama:
     """Llama over packed tokens.
 
     weights: tensors under the names of the transformers library; without `lm_head.weight` the embedding is the head.
+    ranks: those that run it together; config and weights are this one's share (`Ranks.shard`) then.
     """
 
-    def __init__(self, config: LlamaConfig, weights: dict[str, torch.Tensor]) -> None:
+    def __init__(self, config: LlamaConfig, weights: dict[str, torch.Tensor], ranks: Ranks | None = None) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.embedding = weights["model.embed_tokens.weight"]
         self.lm_head = weights.get("lm_head.weight", self.embedding)
         self.final_norm = weights["model.norm.weight"]
@@ -97,9 +100,9 @@ class Llama:
         next_norms = [layer.input_norm for layer in self.layers[1:]] + [self.final_norm]
         for i, (layer, next_norm) in enumerate(zip(self.layers, next_norms, strict=True)):
             x = self._attention(i, layer, x, attention)
-            flashinfer.fused_add_rmsnorm(x, residual, layer.post_norm, eps)  # residual += x; x = norm(residual)
+            self.ranks.add_norm(x, residual, layer.post_norm, eps)  # residual += x; x = norm(residual)
             x = self._mlp(layer, x)
-            flashinfer.fused_add_rmsnorm(x, residual, next_norm, eps)
+            self.ranks.add_norm(x, residual, next_norm, eps)
         return linear(x[rows], self.lm_head).float()
 
     def _mlp(self, layer: Layer, x: torch.Tensor) -> torch.Tensor:
