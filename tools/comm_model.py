@@ -22,10 +22,10 @@ GPUS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True)
 class Link:
-    """What joins GPUs. latency: us from a store to its being seen. bandwidth: GB/s of one GPU, each way, sum over peers.
+    """What joins GPUs.
 
-    gap: us that each message keeps the port busy beside its bytes. carries_net: the way to the network adapter is this
-    link's port, too.
+    latency: us from a store to its being seen. bandwidth: GB/s of one GPU, each way, sum over peers. gap: us that each
+    message keeps the port busy beside its bytes. carries_net: the way to the network adapter is through this port, too.
     """
 
     name: str

@@ -36,8 +36,8 @@ def ring_attention(
     lengths, which costs the host some 0.3 ms. sm_scale: None is 1 / sqrt(head_dim).
 
     Returns o `[qo_len, num_qo_heads, head_dim of v]` in q's dtype, with return_lse also fp32 `[qo_len, num_qo_heads]`,
-    base 2. Each KV block is sent on while it is attended to; parts are merged in fp32, in the order in which blocks
-    come, which differs between ranks. All ranks call it alike. Raises TypeError, ValueError, PeerError.
+    base 2. Each KV block is sent on while it is attended to; parts, in q's dtype, are merged in fp32 in the order in
+    which blocks come, which differs between ranks. All ranks call it alike. Raises TypeError, ValueError, PeerError.
     """
     if plan is None:
         plan = plan_ring((q, k, v), group, causal, chunks)

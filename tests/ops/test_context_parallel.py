@@ -57,6 +57,8 @@ def compare(got: tuple[torch.Tensor, torch.Tensor], qkv: QKV, causal: bool, rows
     options = AttentionOptions(causal=causal)
     (o, lse), (twin, twin_lse) = (attention(*qkv, options, dtype) for dtype in (torch.float64, qkv[0].dtype))
     noise, lse_noise = attention_noise(*qkv, options, qkv[0].dtype)
+    # Parts are rounded before they are merged; their weighted sizes add up to at most attention over |v|.
+    noise += torch.finfo(qkv[0].dtype).eps / 2 * attention(*qkv[:2], qkv[2].abs(), options, torch.float64)[0]
     assert got[0].dtype == qkv[0].dtype and got[1].dtype == torch.float32
     assert_close_to_oracle(got[0], o[rows], twin[rows], name, noise[rows])
     assert_lse_close_to_oracle(got[1], lse[rows], twin_lse[rows], name, lse_noise[rows])

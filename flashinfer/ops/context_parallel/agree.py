@@ -26,7 +26,7 @@ class Ranks:
 
     def __init__(self, peers_of_group: Peers) -> None:
         self.peers = peers_of_group
-        self._agreed: dict[str, list[dict[str, Any]]] = {}
+        self._agreed: dict[str | None, list[dict[str, Any]]] = {}
 
     def agree(self, what: str, describe: Callable[[], Facts], always: bool = False) -> list[dict[str, Any]]:
         """What each rank has of its own; raises on every rank if one's checks fail or what must be the same is not.
@@ -41,8 +41,8 @@ class Ranks:
             same, own = describe()
         except (TypeError, ValueError, RuntimeError) as error:
             refusal = error
-        key = json.dumps([what, same, own])
-        if refusal is None and not always and self.peers.device.type != "cpu" and key in self._agreed:
+        key = None if always or self.peers.device.type == "cpu" else json.dumps([what, same, own])
+        if refusal is None and key in self._agreed:
             return self._agreed[key]
         try:
             told = self.peers.gather(what, {"refusal": str(refusal or ""), "same": same, "own": own})
@@ -53,8 +53,10 @@ class Ranks:
         if refusal is not None:
             raise refusal
         self._compare(what, json.loads(json.dumps(same)), told)
-        self._agreed[key] = [words["own"] for words in told]
-        return self._agreed[key]
+        owned = [words["own"] for words in told]
+        if key is not None:
+            self._agreed[key] = owned
+        return owned
 
     def _compare(self, what: str, same: dict[str, Any], told: list[dict[str, Any]]) -> None:
         for rank, words in enumerate(told):

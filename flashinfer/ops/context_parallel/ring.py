@@ -149,7 +149,7 @@ class _State:
 
     def add(self, rows: slice, o: torch.Tensor, lse: torch.Tensor) -> None:
         """Merge in what `rows` see elsewhere."""
-        merge.merge_pair(self.sum[rows], self.lse[rows], None, None, o, lse, None)
+        merge.merge_pair(self.sum[rows], self.lse[rows], None, None, o.to(torch.float32), lse, None)
 
 
 def _pass_on(mine: torch.Tensor, coming: torch.Tensor, plan: RingPlan) -> list[Any]:
@@ -184,6 +184,6 @@ def _attend(
             # Pages of one token, as the attention of single requests takes them.
             pages = [x[keys].unsqueeze(1) for x in block]
             qkv = (state.q[rows], pages[0], pages[1])
-            # fp32 out of the kernel: the sum over blocks is rounded to the dtype once.
-            part = single.run(qkv, chosen, (None,) * 3, (None, None), backend, torch.float32, True)
+            # In q's dtype: the fastest kernels write no fp32. So each part is rounded once more than the whole.
+            part = single.run(qkv, chosen, (None,) * 3, (None, None), backend, None, True)
             state.add(rows, part[0], part[1])
