@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -35,10 +36,11 @@ def poison() -> None:
         setattr(owner, name, poisoning(getattr(owner, name)))
 
 
-def shares(total: int, parts: int) -> list[int]:
-    """Lengths that add up to total, drawn alike on all ranks; the first is 0."""
-    cuts = sorted(int(x) for x in torch.randint(0, total + 1, (parts - 2,)))
-    return [0, *(b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True))]
+def shares(total: int, parts: int, empty: bool) -> list[int]:
+    """Uneven lengths that add up to total, drawn alike on all ranks; the first is 0 if `empty`, else none is."""
+    cuts = sorted(int(x) + 1 for x in torch.randperm(total - 1)[: parts - 1 - empty])
+    lengths = [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
+    return [0, *lengths] if empty else lengths
 
 
 def rows_of(x: torch.Tensor, lengths: list[int], index: int) -> torch.Tensor:
@@ -68,16 +70,16 @@ def compare(got: tuple[torch.Tensor, torch.Tensor], qkv: QKV, causal: bool, rows
 
 
 def check_ring(rank: int, world_size: int, device: torch.device) -> None:
-    for dtype in DTYPES:
-        # A rank without queries, another without KV.
-        qo_lens, kv_lens = shares(23, world_size), shares(37, world_size)[::-1]
+    for dtype, empty in itertools.product(DTYPES, (False, True)):
+        # With `empty` a rank has no queries and another no KV.
+        qo_lens, kv_lens = shares(23, world_size, empty), shares(37, world_size, empty)[::-1]
         qkv = problem(23, 37, dtype, device, (24, 16))
         q, (k, v) = rows_of(qkv[0], qo_lens, rank), (rows_of(x, kv_lens, rank) for x in qkv[1:])
         first = sum(qo_lens[:rank])
         got = comm.ring_attention(q, k, v, return_lse=True)
         compare(got, qkv, False, torch.arange(first, first + len(q)), f"full, {dtype}")
 
-        lengths = [5, *shares(30, world_size)[1:]]
+        lengths = shares(35, world_size, empty)
         qkv = problem(35, 35, dtype, device, (16, 16))
         own = [rows_of(x, lengths, rank) for x in qkv]
         first = sum(lengths[:rank])
@@ -107,8 +109,8 @@ def partial_state(qkv: QKV, lengths: list[int], rank: int) -> tuple[torch.Tensor
 
 def check_merge(rank: int, world_size: int, device: torch.device) -> list[bytes]:
     bits = []
-    for dtype in DTYPES:
-        lengths, heads = shares(41, world_size), 4 * world_size
+    for dtype, empty in itertools.product(DTYPES, (True, False)):
+        lengths, heads = shares(41, world_size, empty), 4 * world_size
         q = torch.randn(6, heads, 16, device=device).to(dtype)
         k, v = (torch.randn(41, world_size, dim, device=device).to(dtype) for dim in (16, 24))
         qkv = (q, k, v)
