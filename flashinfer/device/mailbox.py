@@ -103,7 +103,13 @@ def patience(box):
 
 
 @triton.jit
-def complain(box, rank, place, word):
+def _store_word(words, word):
+    tl.store(words, (word & 0xFFFFFFFF).to(tl.int32))
+    tl.store(words + 1, (word >> 32).to(tl.int32))
+
+
+@triton.jit
+def complain(box, rank, place, word, own_word):
     """Tell the host of the rank that was missed at a place, or came with another word (place -1), which says more."""
     words = tl.cast(box.report, tl.int64).to(tl.pointer_type(tl.int32))
     first = tl.load(box.broken, volatile=True) == 0
@@ -112,8 +118,8 @@ def complain(box, rank, place, word):
         tl.store(box.broken, 1)
         tl.store(words + 1, rank)
         tl.store(words + 2, place)
-        tl.store(words + 3, (word & 0xFFFFFFFF).to(tl.int32))
-        tl.store(words + 4, (word >> 32).to(tl.int32))
+        _store_word(words + 3, word)
+        _store_word(words + 5, own_word)
         tl.debug_barrier()
         tl.store(words, 1)
 
@@ -134,7 +140,7 @@ def greet(box, greeting, W: tl.constexpr):
                 word = tl.load(greeting.own + now + rank, volatile=True)
                 polls += 1
             if word != greeting.word:
-                complain(box, rank, -1, word)
+                complain(box, rank, -1, word, tl.cast(greeting.word, tl.int64))
             tl.store(greeting.own + before + rank, tl.zeros([], tl.int64))
     tl.debug_barrier()
     tl.store(greeting.uses, use + 1)
@@ -142,17 +148,20 @@ def greet(box, greeting, W: tl.constexpr):
 
 @triton.jit
 def receive(box, offsets, mask, rank, place):
-    """What `rank` put at `offsets` of this rank's mailbox; NaN if it does not come."""
+    """What `rank` put at `offsets`, a tile of any shape, of this rank's mailbox; NaN (e4m3's in bytes) if it does not."""
     limit, polls = patience(box), 0
-    x = tl.load(box.own + offsets, mask=mask, other=0.0, volatile=True)
-    late = tl.max(is_mark(x).to(tl.int32), 0)
+    x = tl.load(box.own + offsets, mask=mask, other=0, volatile=True)
+    late = tl.max(is_mark(x).to(tl.int32), None)
     while (late > 0) & (polls < limit):
-        x = tl.load(box.own + offsets, mask=mask, other=0.0, volatile=True)
-        late = tl.max(is_mark(x).to(tl.int32), 0)
+        x = tl.load(box.own + offsets, mask=mask, other=0, volatile=True)
+        late = tl.max(is_mark(x).to(tl.int32), None)
         polls += 1
     if late > 0:
-        complain(box, rank, place, tl.zeros([], tl.int64))
-        x = tl.full(x.shape, float("nan"), x.dtype)
+        complain(box, rank, place, tl.zeros([], tl.int64), tl.zeros([], tl.int64))
+        if x.dtype.is_floating():
+            x = tl.full(x.shape, float("nan"), x.dtype)
+        else:
+            x = tl.full(x.shape, 0x7F, x.dtype)
     return x
 
 
@@ -182,6 +191,6 @@ def receive_sum(box, offsets, mask, stride, mine, place, W: tl.constexpr):
             if rank != box.rank:
                 x = tl.load(box.own + offsets + rank * stride, mask=mask, other=0.0, volatile=True)
                 if tl.max(is_mark(x).to(tl.int32), 0) > 0:
-                    complain(box, rank, place, tl.zeros([], tl.int64))
+                    complain(box, rank, place, tl.zeros([], tl.int64), tl.zeros([], tl.int64))
         total = tl.full(total.shape, float("nan"), tl.float32)
     return total

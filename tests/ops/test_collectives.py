@@ -39,7 +39,7 @@ def _reduce_cases(rank: int, world_size: int, device: torch.device, backend: str
         inputs = _inputs((num_rows, hidden_size), dtype, world_size, seed + i)
         x = inputs[rank].to(device)
         total = torch.full_like(x, float("nan"))
-        collectives.reduce(Reduce(x, total), workspace, 0.0, 0.0, two_shot, backend)
+        collectives.reduce(Reduce(x, total), workspace, two_shot=two_shot, backend=backend)
         expected = sum(y.float() for y in inputs).to(dtype)
         where = f"{cases[i]} on rank {rank}, call {i}"
         torch.testing.assert_close(total.cpu(), expected, rtol=0, atol=0, msg=lambda m, w=where: f"{w}: {m}")
@@ -77,7 +77,7 @@ def _norm_cases(rank: int, world_size: int, device: torch.device, backend: str, 
         empty = [torch.full_like(x, float("nan")) for _ in range(3)]
         codes = torch.full_like(x, float("nan")).to(torch.float8_e4m3fn) if quantised else None
         tensors = Reduce(x, empty[0], residual.to(device), empty[1], empty[2], weight.to(device), codes, scale.to(device))
-        collectives.reduce(tensors, workspace, 1e-6, 1.0, two_shot, backend)
+        collectives.reduce(tensors, workspace, 1e-6, 1.0, two_shot, backend=backend)
         exact = sum(y.double() for y in inputs)
         tolerance = {"rtol": 2**-9 if dtype == FP16 else 2**-6 if dtype == BF16 else 1e-5, "atol": 2e-3}
         torch.testing.assert_close(empty[0].cpu().double(), exact, **tolerance)
@@ -130,11 +130,13 @@ def test_gather_and_scatter(backend: str, world_size: int, rng: random.Random) -
 
 
 def _other_shape(rank: int, world_size: int, device: torch.device, backend: str) -> str:
-    workspace = Workspace(Peers(None, device, timeout=1.0), 1 << 16)
+    workspace = Workspace(Peers(None, device, timeout=4.0), 1 << 16)
+    if backend == "triton":
+        workspace.room(torch.float32, 2048)  # the ranks meet
     x = torch.ones(2 + rank, 64, device=device)
     try:
         for _ in range(2):  # the kernels tell of the first call when the next one is made
-            collectives.reduce(Reduce(x, torch.empty_like(x)), workspace, 0.0, 0.0, None, backend)
+            collectives.reduce(Reduce(x, torch.empty_like(x)), workspace, backend=backend)
             if device.type == "cuda":
                 torch.cuda.synchronize()
             workspace.check()
@@ -151,15 +153,15 @@ def test_ranks_with_other_shapes_are_named(backend: str) -> None:
 
 
 def _missing(rank: int, world_size: int, device: torch.device, backend: str) -> tuple[str, float]:
-    workspace = Workspace(Peers(None, device, timeout=1.0), 1 << 16)
+    workspace = Workspace(Peers(None, device, timeout=3.0), 1 << 16)
     x = torch.ones(4, 64, device=device)
-    collectives.reduce(Reduce(x, torch.empty_like(x)), workspace, 0.0, 0.0, None, backend)
+    collectives.reduce(Reduce(x, torch.empty_like(x)), workspace, backend=backend)
     if rank == 1:
         os._exit(5)
     begin = time.monotonic()
     try:
         for _ in range(50):
-            collectives.reduce(Reduce(x, torch.empty_like(x)), workspace, 0.0, 0.0, None, backend)
+            collectives.reduce(Reduce(x, torch.empty_like(x)), workspace, backend=backend)
         if device.type == "cuda":
             torch.cuda.synchronize()
         workspace.check()
@@ -180,7 +182,7 @@ def _rounds(rank: int, world_size: int, device: torch.device) -> int:
     for _ in range(5):
         workspace = Workspace(Peers(None, device), 1 << 14)
         x = torch.ones(4, 64)
-        collectives.reduce(Reduce(x, x), workspace, 0.0, 0.0, None, "triton")
+        collectives.reduce(Reduce(x, x), workspace, backend="triton")
         assert (x == world_size).all()
         workspace.close()
         with pytest.raises(RuntimeError, match="destroyed"):

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import torch
 
-from flashinfer.core import library
+from flashinfer.core import check, library
 from flashinfer.core.select import Choice, Impl
-from flashinfer.ops.collectives.plan import ROW_BYTES, uses_two_shots
-from flashinfer.ops.collectives.spec import CollectiveSpec, Reduce
+from flashinfer.ops.collectives.plan import FP8_COLS, ROW_BYTES, uses_two_shots
+from flashinfer.ops.collectives.spec import DTYPES, CollectiveSpec, Mix, Reduce
 from flashinfer.ops.collectives.support import torch_supports, triton_supports
 from flashinfer.ops.collectives.workspace import Workspace, workspace_of
 
@@ -21,31 +21,62 @@ IMPLS = (
 CHOICE = Choice(IMPLS)
 
 
+def _check_device(input: torch.Tensor, workspace: Workspace) -> None:
+    device = workspace.peers.device
+    if input.device != device:
+        got, expected = f"a tensor on {input.device}", f"one on the workspace's {device}"
+        raise ValueError(check.problem("input", got, expected, f"Move it with .to({str(device)!r})."))
+
+
 def reduce(
-    tensors: Reduce, workspace: Workspace, eps: float, weight_bias: float, two_shot: bool | None, backend: str = "auto"
+    tensors: Reduce,
+    workspace: Workspace,
+    eps: float = 0.0,
+    weight_bias: float = 0.0,
+    two_shot: bool | None = None,
+    mix: Mix | None = None,
+    backend: str = "auto",
 ) -> None:
     """All-reduce, and what `tensors` asks for beside it. two_shot: None leaves the algorithm to the number of bytes."""
-    input = tensors.input
-    num_bytes, world_size = input.numel() * input.element_size(), workspace.peers.world_size
-    if num_bytes == 0:
+    input, world_size = tensors.input, workspace.peers.world_size
+    _check_device(input, workspace)
+    hidden_size = input.shape[-1] if input.dim() else 1
+    num_elements = input.numel() if mix is None else mix.num_rows * hidden_size
+    if num_elements == 0:
         return
     normed = tensors.weight is not None
+    rows = normed or mix is not None
     spec = CollectiveSpec(
         "all_reduce",
         input.dtype,
-        input.shape[-1] if normed else ROW_BYTES // input.element_size(),
+        hidden_size if rows else ROW_BYTES // input.element_size(),
         world_size,
-        uses_two_shots(num_bytes, world_size) if two_shot is None else two_shot,
+        uses_two_shots(num_elements * input.element_size(), world_size) if two_shot is None else two_shot,
         tensors.residual is not None,
         weight_bias if normed else None,
         None if tensors.quantised is None else tensors.quantised.dtype,
-        workspace.unreachable,
+        unreachable=workspace.unreachable,
     )
-    CHOICE.call(spec, input.device, backend)(tensors, workspace, eps)
+    CHOICE.call(spec, input.device, backend)(tensors, mix, workspace, eps)
+
+
+def reduce_in_fp8(
+    out: torch.Tensor, input: torch.Tensor, group_size: int, workspace: Workspace, backend: str = "auto"
+) -> None:
+    """All-reduce of what is sent as e4m3 with an fp32 scale for each `group_size` elements, twice: parts, then sums."""
+    _check_device(input, workspace)
+    if input.numel() == 0:
+        return
+    peers, unreachable = workspace.peers, workspace.unreachable
+    spec = CollectiveSpec(
+        "all_reduce_fp8", input.dtype, FP8_COLS, peers.world_size, True, group_size=group_size, unreachable=unreachable
+    )
+    CHOICE.call(spec, input.device, backend)(out, input, workspace)
 
 
 def share(kind: str, out: torch.Tensor, input: torch.Tensor, workspace: Workspace, backend: str = "auto") -> None:
     """All-gather or reduce-scatter over the first dimension."""
+    _check_device(input, workspace)
     if input.numel() == 0:
         return
     cols, world_size = ROW_BYTES // input.element_size(), workspace.peers.world_size
@@ -53,10 +84,17 @@ def share(kind: str, out: torch.Tensor, input: torch.Tensor, workspace: Workspac
     CHOICE.call(spec, input.device, backend)(out, input, workspace)
 
 
+def reserve(workspace: Workspace, dtype: torch.dtype, hidden_size: int) -> None:
+    """Make the mailboxes for sums of `dtype`, and for those with a norm of rows of `hidden_size`; all ranks call it."""
+    if workspace.unreachable is None and workspace.peers.world_size > 1 and dtype in DTYPES:
+        for cols in (ROW_BYTES // dtype.itemsize, hidden_size):
+            workspace.room(dtype, cols)
+
+
 @library.register(
     "all_reduce(Tensor input, Tensor(a!)? total, Tensor? residual, Tensor(b!)? residual_out, Tensor(c!)? normed, "
-    "Tensor? weight, Tensor(d!)? quantised, Tensor? scale, int workspace, float eps, float weight_bias, "
-    "bool? two_shot) -> ()"
+    "Tensor? weight, Tensor(d!)? quantised, Tensor? scale, Tensor(e!)? scales, int workspace, float eps, "
+    "float weight_bias, bool? two_shot) -> ()"
 )
 def all_reduce(
     input: torch.Tensor,
@@ -67,14 +105,52 @@ def all_reduce(
     weight: torch.Tensor | None,
     quantised: torch.Tensor | None,
     scale: torch.Tensor | None,
+    scales: torch.Tensor | None,
     workspace: int,
     eps: float,
     weight_bias: float,
     two_shot: bool | None,
 ) -> None:
     """`total = sum over ranks of input`, and what follows from it (`Reduce`)."""
-    tensors = Reduce(input, total, residual, residual_out, normed, weight, quantised, scale)
+    tensors = Reduce(input, total, residual, residual_out, normed, weight, quantised, scale, scales)
     reduce(tensors, workspace_of(workspace), eps, weight_bias, two_shot)
+
+
+@library.register(
+    "mixed_all_reduce(Tensor input, Tensor? table, Tensor? factors, Tensor? added, int num_rows, int num_parts, "
+    "float factor, Tensor(a!)? total, Tensor? residual, Tensor(b!)? residual_out, Tensor(c!)? normed, Tensor? weight, "
+    "int workspace, float eps, float weight_bias, bool? two_shot) -> ()"
+)
+def mixed_all_reduce(
+    input: torch.Tensor,
+    table: torch.Tensor | None,
+    factors: torch.Tensor | None,
+    added: torch.Tensor | None,
+    num_rows: int,
+    num_parts: int,
+    factor: float,
+    total: torch.Tensor | None,
+    residual: torch.Tensor | None,
+    residual_out: torch.Tensor | None,
+    normed: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    workspace: int,
+    eps: float,
+    weight_bias: float,
+    two_shot: bool | None,
+) -> None:
+    """`all_reduce` of sums of rows of `input` (`Mix`)."""
+    if table is not None:
+        check.index_range("table", table, -(2**31), input.shape[0])
+    tensors = Reduce(input, total, residual, residual_out, normed, weight)
+    mix = Mix(num_rows, num_parts, table, factors, added, factor)
+    reduce(tensors, workspace_of(workspace), eps, weight_bias, two_shot, mix)
+
+
+@library.register("all_reduce_fp8(Tensor(a!) out, Tensor input, int group_size, int workspace) -> ()")
+def all_reduce_fp8(out: torch.Tensor, input: torch.Tensor, group_size: int, workspace: int) -> None:
+    """`out = sum over ranks of input`, sent in fp8 (`reduce_in_fp8`)."""
+    reduce_in_fp8(out, input, group_size, workspace_of(workspace))
 
 
 @library.register("all_gather(Tensor(a!) out, Tensor input, int workspace) -> ()")
@@ -93,11 +169,16 @@ __all__ = [
     "CHOICE",
     "IMPLS",
     "CollectiveSpec",
+    "Mix",
     "Reduce",
     "Workspace",
     "all_gather",
     "all_reduce",
+    "all_reduce_fp8",
+    "mixed_all_reduce",
     "reduce",
+    "reduce_in_fp8",
     "reduce_scatter",
+    "reserve",
     "share",
 ]

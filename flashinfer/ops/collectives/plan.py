@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 # A row of a plain collective, in bytes; one with a norm has the rows of its tensor.
 ROW_BYTES = 8192
+# Elements of a row that is sent in fp8; a multiple of what one scale is for.
+FP8_COLS = 4096
 # Most bytes a rank receives in one shot; beyond, sums of two shots spare the links. Measured on two H200s
 # (2026-11-22): equal at 1.5 MiB sent to the other rank; as each rank sends to all others, it shrinks with their number.
 ONE_SHOT_BYTES = 3 << 19

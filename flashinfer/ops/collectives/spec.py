@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-KINDS = ("all_reduce", "all_gather", "reduce_scatter")
+KINDS = ("all_reduce", "all_gather", "reduce_scatter", "all_reduce_fp8")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -15,9 +15,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class CollectiveSpec:
     """One kind of collective over rows of `cols` elements.
 
-    kind: "all_reduce", "all_gather", "reduce_scatter". two_shot: of an all-reduce, whether each row is added up by one
-    rank only. weight_bias: added to the weight of the norm, None without one. quantised: fp8 dtype of its result, or None.
-    unreachable: why kernels cannot work on all ranks' memory, None if they can.
+    kind: one of KINDS. two_shot: of an all-reduce, whether each row is added up by one rank only. weight_bias: added to
+    the weight of the norm, None without one. quantised: fp8 dtype of its result, or None. group_size: elements a scale
+    of what "all_reduce_fp8" sends. unreachable: why kernels cannot work on all ranks' memory, None if they can.
     """
 
     kind: str
@@ -28,6 +28,7 @@ class CollectiveSpec:
     adds: bool = False
     weight_bias: float | None = None
     quantised: torch.dtype | None = None
+    group_size: int = 0
     unreachable: str | None = None
 
 
@@ -36,7 +37,9 @@ class Reduce(NamedTuple):
 
     input, total (the sum), residual (added to it), residual_out (the result), normed (RMSNorm of that with `weight`
     `[hidden_size]`): `[rows, hidden_size]` of one dtype. quantised: fp8, the norm divided by `scale`, fp32 of one
-    element. total may be input, residual_out may be residual.
+    element, None for 1; or, where `scales` fp32 `[rows]` is given, by what makes the largest of a row the largest code,
+    which is written there (the largest counts as 2^-9 at least). total and normed may be input, residual_out may be
+    residual.
     """
 
     input: torch.Tensor
@@ -47,6 +50,23 @@ class Reduce(NamedTuple):
     weight: torch.Tensor | None = None
     quantised: torch.Tensor | None = None
     scale: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+
+
+class Mix(NamedTuple):
+    """How the rows that a rank reduces are made of the rows of `Reduce.input`, contiguous: sums in fp32, then rounded.
+
+    Row i is `added[i] + scale * sum over j of factors[i, j] * input[table[i, j]]`, table int32 `[rows, num_parts]`,
+    where an entry below 0 adds nothing, factors of any float dtype and of table's shape. Without table it is `added[i] +
+    scale * sum over j of factors[j, i] * input[j * rows + i]`, factors `[num_parts, rows]`. None: ones, or nothing.
+    """
+
+    num_rows: int
+    num_parts: int
+    table: torch.Tensor | None = None
+    factors: torch.Tensor | None = None
+    added: torch.Tensor | None = None
+    scale: float = 1.0
 
 
 class Word(NamedTuple):
@@ -94,6 +114,6 @@ class Word(NamedTuple):
 
 
 def word_of(spec: CollectiveSpec, num_elements: int) -> Word:
-    """What a rank says of a call over `num_elements`."""
+    """What a rank says of a call over `num_elements`. How its rows are made is its own affair."""
     fused = 4 * (spec.quantised is not None) + 2 * (spec.weight_bias is not None) + spec.adds
     return Word(KINDS.index(spec.kind), DTYPES.index(spec.dtype), fused, spec.cols, num_elements)

@@ -14,7 +14,7 @@ from flashinfer.ops.collectives.plan import Region, one_shot_region, two_shot_re
 from flashinfer.ops.collectives.spec import Word
 
 # Seconds that reading a mailbox once takes, at least; through the interpreter on a CPU.
-READ_SECONDS = {"cuda": 4e-7, "cpu": 4e-3}
+READ_SECONDS = {"cuda": 4e-7, "cpu": 3e-4}
 _numbers = itertools.count()
 _workspaces: WeakValueDictionary[int, Workspace] = WeakValueDictionary()
 
@@ -23,7 +23,7 @@ class Report:
     """int32 `[8]` in memory that kernels write to and the host reads without waiting for them.
 
     [0] not 0: something went wrong; [1] the rank it went wrong with; [2] the place that was waited for, or -1; [3], [4]
-    the lower and the upper half of the word that rank came with.
+    the lower and the upper half of the word that rank came with, [5], [6] those of this rank's own.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -37,17 +37,15 @@ class Report:
     def broken(self) -> bool:
         return bool(self._seen[0])
 
-    def problem(self, peers: Peers, last: Word | None) -> PeerError:
-        rank, place, low, high = (int(x) for x in self._seen[1:5])
+    def problem(self, peers: Peers) -> PeerError:
+        rank, place, *halves = (int(x) for x in self._seen[1:7])
+        word, own = ((high & 0xFFFFFFFF) << 32 | low & 0xFFFFFFFF for low, high in (halves[:2], halves[2:]))
         if place >= 0:
             text = f"rank {rank} sent nothing for row {place} within about {peers.timeout:g} s: it died or hangs"
+        elif word == 0:
+            text = f"rank {rank} made no call within about {peers.timeout:g} s"
         else:
-            word = (high & 0xFFFFFFFF) << 32 | low & 0xFFFFFFFF
-            if word == 0:
-                text = f"rank {rank} made no call within about {peers.timeout:g} s"
-            else:
-                difference = last.differences(Word.unpacked(word)) if last is not None else ""
-                text = f"rank {rank} made another call; {difference or 'an earlier one'}"
+            text = f"rank {rank} made another call; {Word.unpacked(own).differences(Word.unpacked(word))}"
         return PeerError(f"collective on rank {peers.rank}: {text}. Its results are not valid; make a new workspace.")
 
 
@@ -88,7 +86,6 @@ class Workspace:
         self.unreachable = peers.unreachable()
         self.number = next(_numbers)
         self.report = Report(peers.device)
-        self.last: Word | None = None
         self._agreed: set[Word] = set()
         self._rooms: dict[tuple[torch.dtype, int], Room] = {}
         self._permanent: list[torch.Tensor] = []
@@ -96,21 +93,25 @@ class Workspace:
         self.closed = False
         _workspaces[self.number] = self
 
-    def room(self, dtype: torch.dtype, cols: int) -> Room:
-        """Mailboxes for rows of `cols` elements; the first call for them allocates on all ranks."""
+    def room(self, dtype: torch.dtype, cols: int, max_bytes: int | None = None) -> Room:
+        """Mailboxes for rows of `cols` elements; the first call for them allocates on all ranks.
+
+        max_bytes: what goes through them at once, None for the workspace's.
+        """
         found = self._rooms.get((dtype, cols))
         if found is None:
+            self._check_open()
             if self.peers.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 got = f"the first call for rows of {cols} {dtype} in a CUDA graph's capture"
                 raise RuntimeError(check.problem("workspace", got, "a call before the capture", "Warm up first."))
-            found = self._rooms[dtype, cols] = self._made(dtype, cols)
+            found = self._rooms[dtype, cols] = self._made(dtype, cols, max_bytes or self.max_bytes)
         return found
 
-    def _made(self, dtype: torch.dtype, cols: int) -> Room:
+    def _made(self, dtype: torch.dtype, cols: int, max_bytes: int) -> Room:
         peers, row_bytes = self.peers, cols * dtype.itemsize
         regions = (
-            one_shot_region(row_bytes, self.max_bytes, peers.world_size),
-            two_shot_region(row_bytes, self.max_bytes, peers.world_size),
+            one_shot_region(row_bytes, max_bytes, peers.world_size),
+            two_shot_region(row_bytes, max_bytes, peers.world_size),
         )
         head = 3 * peers.world_size * 8
         head += -head % 128
@@ -146,10 +147,13 @@ class Workspace:
 
     def check(self) -> None:
         """Raise PeerError for what went wrong with an earlier call, as far as it is known by now; waits for nothing."""
+        self._check_open()
+        if self.report.broken():
+            raise self.report.problem(self.peers)
+
+    def _check_open(self) -> None:
         if self.closed:
             raise RuntimeError(check.problem("workspace", "a destroyed one", "one in use", "Make a new workspace."))
-        if self.report.broken():
-            raise self.report.problem(self.peers, self.last)
 
     def close(self) -> None:
         """Free the mailboxes once nobody uses them any more; every rank calls it."""
@@ -168,4 +172,7 @@ class Workspace:
 
 def workspace_of(number: int) -> Workspace:
     """The workspace of this number, which torch ops know it by."""
-    return _workspaces[number]
+    found = _workspaces.get(number)
+    if found is None:
+        raise RuntimeError(check.problem("workspace", "one that is gone", "one in use", "Keep it while it is used."))
+    return found

@@ -1,4 +1,4 @@
-"""All-reduce of rows, with what follows it: the residual's addition, RMSNorm, fp8."""
+"""All-reduce of rows, with what goes before it (sums over experts) and follows it (residual, RMSNorm, fp8)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ from flashinfer.device.fp8 import to_fp8
 from flashinfer.device.mailbox import greet, marks, receive, receive_sum, sendable, turns, used
 
 
+# The largest number of a row counts as this at least: e4m3's smallest.
+SMALLEST_CODE = tl.constexpr(2.0**-9)
+
+
 @dataclass(frozen=True)
 class ReduceConfig:
     """What a compiled form depends on.
 
-    cols: elements of a row, block: rounded up to 2^n. cut: whether the last row may end early. two_shot: each row is added up by one rank, which sends the sum,
-    instead of by all. weight_bias: added to the norm's weight. mantissa_bits: of the fp8 result, 0 if it is none.
+    cols: elements of a row, block: rounded up to 2^n. cut: whether the last row may end early. two_shot: each row is
+    added up by one rank, which sends the sum, instead of by all. weight_bias: added to the norm's weight.
+    mantissa_bits: of the fp8 result, 0 if it is none.
     """
 
     world_size: int
@@ -35,7 +40,8 @@ class Reduced(NamedTuple):
     """Tensors beside the input, rows of `cols` elements without gaps; None where not asked for.
 
     total: the sum. residual, residual_out: what is added to it, and the result. normed: RMSNorm of that with `weight`
-    `[cols]`. quantised: fp8 codes of the norm divided by `scale`, fp32 of one element.
+    `[cols]`. quantised: fp8 codes of the norm, divided by `scale`, fp32 of one element, or by what the largest of the
+    row asks for, which goes to `scales`, fp32 `[rows]`.
     """
 
     total: torch.Tensor | None
@@ -45,6 +51,38 @@ class Reduced(NamedTuple):
     weight: torch.Tensor | None
     quantised: torch.Tensor | None
     scale: torch.Tensor | None
+    scales: torch.Tensor | None
+
+
+class Mixed(NamedTuple):
+    """Of what rows this rank's are made (`spec.Mix`); row i of the launch is row `first_row + i` of these."""
+
+    table: torch.Tensor | None
+    factors: torch.Tensor | None
+    added: torch.Tensor | None
+    scale: float
+
+
+@triton.jit
+def _mix(input, mixed, row, num_tokens, num_parts, cols, mask, cfg: tl.constexpr):
+    """Row `row` of what this rank sends: a sum over rows of `input`, in fp32, rounded to input's dtype."""
+    total = tl.zeros(cols.shape, tl.float32)
+    for part in tl.range(0, num_parts, loop_unroll_factor=4):
+        if mixed.table is not None:
+            place = tl.cast(row, tl.int64) * num_parts + part
+            source = tl.cast(tl.load(mixed.table + place), tl.int64)
+        else:
+            place = tl.cast(part, tl.int64) * num_tokens + row
+            source = place
+        factor = 1.0
+        if mixed.factors is not None:
+            factor = tl.load(mixed.factors + place).to(tl.float32)
+        x = tl.load(input + source * cfg.cols + cols, mask=mask & (source >= 0), other=0.0).to(tl.float32)
+        total += tl.where(source >= 0, factor * x, 0.0)
+    total *= mixed.scale
+    if mixed.added is not None:
+        total += tl.load(mixed.added + tl.cast(row, tl.int64) * cfg.cols + cols, mask=mask, other=0.0).to(tl.float32)
+    return total.to(input.dtype.element_ty)
 
 
 @triton.jit
@@ -106,15 +144,25 @@ def _write(tensors, total, residual, weight, row, offs, mask, eps, cfg: tl.const
         if tensors.normed is not None:
             tl.store(tensors.normed + offs, y.to(tensors.normed.dtype.element_ty), mask=mask)
         if tensors.quantised is not None:
-            code = to_fp8(y * (1.0 / tl.load(tensors.scale)), cfg.mantissa_bits, cfg.native_fp8)
-            tl.store(tensors.quantised + offs, code, mask=mask)
+            if tensors.scales is not None:
+                LIMIT: tl.constexpr = 448.0 if cfg.mantissa_bits == 3 else 57344.0
+                largest = tl.max(tl.where(mask & (y == y), tl.abs(y), 0.0), 0)
+                scale = tl.maximum(largest, SMALLEST_CODE) / LIMIT
+                tl.store(tensors.scales + row, scale)
+                y /= scale
+            elif tensors.scale is not None:
+                y *= 1.0 / tl.load(tensors.scale)
+            tl.store(tensors.quantised + offs, to_fp8(y, cfg.mantissa_bits, cfg.native_fp8), mask=mask)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def reduce_kernel(input, tensors, box, greeting, num_rows, num_elements, eps, cfg: tl.constexpr):
+@triton.jit(do_not_specialize=["num_rows", "first_row", "num_tokens", "num_parts"])
+def reduce_kernel(
+    input, tensors, mixed, box, greeting, num_rows, num_elements, first_row, num_tokens, num_parts, eps, cfg: tl.constexpr
+):
     """Grid: one program that greets, then at most one a row.
 
-    input: `num_rows` rows of `cfg.cols`, with `cfg.cut` `num_elements` in all. tensors: Reduced.
+    input: `num_rows` rows of `cfg.cols`, with `cfg.cut` `num_elements` in all. tensors: Reduced. mixed: Mixed, of
+    `num_tokens` rows that are sums of `num_parts` rows of input; None: input's rows themselves.
     """
     program, num_programs = tl.program_id(0) - 1, tl.num_programs(0) - 1
     if program < 0:
@@ -130,7 +178,10 @@ def reduce_kernel(input, tensors, box, greeting, num_rows, num_elements, eps, cf
             mask = cols < cfg.cols
             if cfg.cut:
                 mask &= offs < num_elements
-            x = sendable(tl.load(input + offs, mask=mask, other=0.0))
+            if mixed is not None:
+                x = sendable(_mix(input, mixed, first_row + row, num_tokens, num_parts, cols, mask, cfg))
+            else:
+                x = sendable(tl.load(input + offs, mask=mask, other=0.0))
             if tensors.residual is not None:
                 residual = tl.load(tensors.residual + offs, mask=mask, other=0.0)
             else:
