@@ -61,6 +61,14 @@ def tensor(
     return x
 
 
+def contiguous(**tensors: torch.Tensor | None) -> None:
+    """Check that tensors, those that are given, have no gaps and their last dimension innermost."""
+    for name, x in tensors.items():
+        if x is not None and not x.is_contiguous():
+            got = f"strides {tuple(x.stride())} of shape {list(x.shape)}"
+            raise ValueError(problem(name, got, "a contiguous tensor", f"Call {name}.contiguous()."))
+
+
 def _shape(name: str, x: torch.Tensor, shape: Sequence[int | None]) -> None:
     if x.dim() == len(shape) and all(s is None or s == n for s, n in zip(shape, x.shape, strict=True)):
         return

@@ -14,7 +14,7 @@ import torch
 
 from flashinfer.core.peers import PeerError, Peers
 from flashinfer.ops import collectives
-from flashinfer.ops.collectives import Reduce, Workspace
+from flashinfer.ops.collectives import Mix, Reduce, Workspace
 from tests.conftest import HAS_GPU
 from tests.ranks import outcomes, run_ranks
 
@@ -54,17 +54,6 @@ def _random_cases(seed: int, count: int) -> list[Any]:
     return [(*rng.choice(shapes), rng.choice((FP16, FP32)), rng.choice((True, False))) for _ in range(count)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_sums_by_torch(world_size: int, rng: random.Random) -> None:
-    run_ranks(_reduce_cases, world_size, "torch", rng.randrange(1000), _random_cases(rng.randrange(1000), 6))
-
-
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_sums_through_mailboxes(world_size: int, rng: random.Random) -> None:
-    cases = _random_cases(rng.randrange(1000), 12)
-    run_ranks(_reduce_cases, world_size, "triton", rng.randrange(1000), cases)
-
-
 def _norm_cases(rank: int, world_size: int, device: torch.device, backend: str, seed: int, cases: list[Any]) -> None:
     workspace = Workspace(Peers(None, device), 1 << 16)
     generator = torch.Generator().manual_seed(seed)
@@ -99,11 +88,6 @@ NORM_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "world_size"), [("torch", 2), ("torch", 3), ("triton", 2), ("triton", 3)])
-def test_norms_of_sums(backend: str, world_size: int, rng: random.Random) -> None:
-    run_ranks(_norm_cases, world_size, backend, rng.randrange(1000), NORM_CASES)
-
-
 def _share_cases(rank: int, world_size: int, device: torch.device, backend: str, seed: int, cases: list[Any]) -> None:
     workspace = Workspace(Peers(None, device), 1 << 16)
     for i, (num_rows, hidden_size, dtype) in enumerate(cases):
@@ -124,9 +108,96 @@ def _share_cases(rank: int, world_size: int, device: torch.device, backend: str,
 SHARE_CASES = [(1, 1, FP16), (3, 5, FP32), (2, 4096, FP16), (7, 1234, FP32), (33, 1000, FP16)]
 
 
-@pytest.mark.parametrize(("backend", "world_size"), [("torch", 2), ("torch", 4), ("triton", 2), ("triton", 3)])
-def test_gather_and_scatter(backend: str, world_size: int, rng: random.Random) -> None:
-    run_ranks(_share_cases, world_size, backend, rng.randrange(1000), SHARE_CASES)
+def _mix_cases(rank: int, world_size: int, device: torch.device, backend: str, seed: int, cases: list[Any]) -> None:
+    """Rows that are sums over experts: of all experts' rows, or of those a table names, some of them nowhere."""
+    workspace = Workspace(Peers(None, device), 1 << 14)
+    generator = torch.Generator().manual_seed(seed)
+    for num_rows, hidden_size, num_parts, dtype, by_table, two_shot in cases:
+        shape = (num_rows + 3 if by_table else num_rows * num_parts, hidden_size)
+        rows = [torch.randn(shape, generator=generator).to(dtype) for _ in range(world_size)]
+        added = [torch.randn(num_rows, hidden_size, generator=generator).to(dtype) for _ in range(world_size)]
+        factors = torch.rand((num_rows, num_parts) if by_table else (num_parts, num_rows), generator=generator)
+        table = torch.randint(-1, shape[0], (num_rows, num_parts), generator=generator, dtype=torch.int32)
+        parts = [y.double() for y in added]
+        for x, part in zip(rows, parts, strict=True):
+            for i in range(num_rows):
+                for j in range(num_parts):
+                    place, factor = (table[i, j], factors[i, j]) if by_table else (j * num_rows + i, factors[j, i])
+                    if place >= 0:
+                        part[i] += 2.5 * factor.double() * x[place].double()
+        out = torch.full((num_rows, hidden_size), float("nan"), dtype=dtype, device=device)
+        given = (table.to(device) if by_table else None, factors.to(device), added[rank].to(device))
+        mix = Mix(num_rows, num_parts, *given, 2.5)
+        collectives.reduce(Reduce(rows[rank].to(device), out), workspace, two_shot=two_shot, mix=mix, backend=backend)
+        exact = sum(parts, torch.zeros(num_rows, hidden_size, dtype=torch.float64))
+        # Each part and the sum are rounded once; in fp32, terms that are larger than their sum as well.
+        bound = torch.finfo(dtype).eps * (sum(part.abs() for part in parts) + exact.abs()) + 1e-5
+        over = (out.cpu().double() - exact).abs() - bound
+        assert over.max() <= 0, (rank, num_rows, hidden_size, over.max())
+    workspace.check()
+    workspace.close()
+
+
+MIX_CASES = [
+    (3, 64, 2, FP32, True, False),
+    (5, 96, 3, FP16, False, True),
+    (17, 2048, 3, FP16, True, None),  # more than goes through the mailboxes at once
+    (4, 128, 1, FP32, False, None),
+]
+
+
+def fp8_bound(inputs: list[torch.Tensor], group_size: int) -> torch.Tensor:
+    """Of each element of an all-reduce sent in fp8, the largest error: half a last place of each part and of the sum.
+
+    A number is off by 2^-4 of itself at most, or below the smallest normal number by half the smallest code, 2^-10.
+    """
+
+    def off(x: torch.Tensor, about: torch.Tensor) -> torch.Tensor:
+        groups = torch.nn.functional.pad((x.abs() + about).flatten(), (0, -x.numel() % group_size))
+        scale = groups.view(-1, group_size).amax(1).clamp(min=2.0**-100) / 448
+        least = scale.repeat_interleave(group_size)[: x.numel()].view(x.shape) * 2.0**-10
+        return torch.maximum((x.abs() + about) * 2.0**-4, least)
+
+    none = torch.zeros(inputs[0].shape, dtype=torch.float64)
+    parts = sum((off(x.double(), none) for x in inputs), none)
+    total = sum((x.double() for x in inputs), none)
+    return (parts + off(total, parts)) * (1 + 2**-10) + total.abs() * 2.0**-8
+
+
+def _fp8_cases(rank: int, world_size: int, device: torch.device, backend: str, seed: int, cases: list[Any]) -> None:
+    workspace = Workspace(Peers(None, device), 1 << 14)
+    for i, (shape, group_size, dtype) in enumerate(cases):
+        inputs = _inputs(shape, dtype, world_size, seed + i)
+        out = torch.full(shape, float("nan"), dtype=dtype, device=device)
+        collectives.reduce_in_fp8(out, inputs[rank].to(device), group_size, workspace, backend)
+        error = (out.cpu().double() - sum(x.double() for x in inputs)).abs()
+        over = error - fp8_bound(inputs, group_size)
+        assert over.max() <= 0, (cases[i], rank, over.max())
+        assert error.max() > 0 or out.numel() < 10  # it was rounded
+        everyone = workspace.peers.gather("bits", out.float().sum().item())
+        assert len(set(everyone)) == 1  # all ranks have the same
+    workspace.check()
+    workspace.close()
+
+
+FP8_CASES = [((1, 8), 8, FP32), ((7, 300), 128, FP16), ((3, 4096), 256, FP32), ((5, 5000), 256, FP16)]
+
+
+def _everything(rank: int, world_size: int, device: torch.device, backend: str, seed: int) -> None:
+    """All collectives in one process a rank: starting one takes longer."""
+    ranks = (rank, world_size, device, backend, seed)
+    _reduce_cases(*ranks, _random_cases(seed, 8))
+    _norm_cases(*ranks, NORM_CASES)
+    _share_cases(*ranks, SHARE_CASES)
+    _mix_cases(*ranks, MIX_CASES)
+    _fp8_cases(*ranks, FP8_CASES)
+
+
+@pytest.mark.parametrize(
+    ("backend", "world_size"), [("torch", 1), ("torch", 2), ("torch", 4), ("triton", 2), ("triton", 3)]
+)
+def test_collectives(backend: str, world_size: int, rng: random.Random) -> None:
+    run_ranks(_everything, world_size, backend, rng.randrange(1000))
 
 
 def _other_shape(rank: int, world_size: int, device: torch.device, backend: str) -> str:

@@ -47,7 +47,7 @@ def _decode(code, scale, cfg: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def reduce_fp8_kernel(input, out, codes, scales, greeting, num_rows, num_elements, cfg: tl.constexpr):
+def reduce_fp8_kernel(out, input, codes, scales, greeting, num_rows, num_elements, cfg: tl.constexpr):
     """Grid: one program that greets, then at most one a row of `cfg.cols`; `num_elements` in all.
 
     codes, scales: mailboxes of bytes and of fp32. As in two shots of `reduce_kernel`, row i goes to rank i % W, which adds

@@ -67,21 +67,23 @@ class Mixed(NamedTuple):
 def _mix(input, mixed, row, num_tokens, num_parts, cols, mask, cfg: tl.constexpr):
     """Row `row` of what this rank sends: a sum over rows of `input`, in fp32, rounded to input's dtype."""
     total = tl.zeros(cols.shape, tl.float32)
+    row = tl.cast(row, tl.int64)
     for part in tl.range(0, num_parts, loop_unroll_factor=4):
+        factor, inside = 1.0, mask
         if mixed.table is not None:
-            place = tl.cast(row, tl.int64) * num_parts + part
-            source = tl.cast(tl.load(mixed.table + place), tl.int64)
+            place = row * num_parts + part
+            source = tl.load(mixed.table + place).to(tl.int64)
+            inside &= (tl.zeros(cols.shape, tl.int64) + source) >= 0
         else:
-            place = tl.cast(part, tl.int64) * num_tokens + row
+            place = row + part * num_tokens
             source = place
-        factor = 1.0
         if mixed.factors is not None:
             factor = tl.load(mixed.factors + place).to(tl.float32)
-        x = tl.load(input + source * cfg.cols + cols, mask=mask & (source >= 0), other=0.0).to(tl.float32)
-        total += tl.where(source >= 0, factor * x, 0.0)
+        x = tl.load(input + source * cfg.cols + cols, mask=inside, other=0.0).to(tl.float32)
+        total += tl.where(inside, factor * x, 0.0)
     total *= mixed.scale
     if mixed.added is not None:
-        total += tl.load(mixed.added + tl.cast(row, tl.int64) * cfg.cols + cols, mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(mixed.added + row * cfg.cols + cols, mask=mask, other=0.0).to(tl.float32)
     return total.to(input.dtype.element_ty)
 
 
