@@ -42,8 +42,8 @@ def prepare_all_gather_matmul(
 ) -> Callable[..., torch.Tensor]:
     """A function `(inp, *, out=None)` that gives `all_gather_matmul` with `w`; all ranks make it together.
 
-    It takes inputs of the dtype and width of `inp` and at most max_rows rows (by default inp's). It may be captured in a
-    CUDA graph. Raises ValueError for more rows.
+    It takes inputs of the dtype and width of `inp` and at most max_rows rows (by default inp's). It may be captured in
+    a CUDA graph. Raises ValueError for more rows.
     """
     _check(inp, w, backend)
     workspace, limit = workspace_of_group(group, inp.device), inp.shape[0] if max_rows is None else max_rows

@@ -1,7 +1,8 @@
 """All-reduce with what goes around it, with FlashInfer's names and signatures.
 
-`launch_with_pdl`, `trigger_completion_at_end` and `fp32_acc` are accepted and ignored: nothing here is launched early, and
-sums are fp32 anyway. All kinds of workspace are one implementation (`flashinfer.ops.collectives`), without multicast.
+`launch_with_pdl`, `trigger_completion_at_end` and `fp32_acc` are accepted and ignored: nothing here is launched early,
+and sums are fp32 anyway. All kinds of workspace are one implementation (`flashinfer.ops.collectives`), without
+multicast.
 """
 
 from __future__ import annotations
@@ -39,9 +40,7 @@ class AllReduceFusionWorkspace:
         self._places: dict[str, CommWorkspace] = {}
         self._destroyed = False
 
-    def _open(
-        self, group: dist.ProcessGroup | None, max_token_num: int, hidden_dim: int, dtype: torch.dtype
-    ) -> None:
+    def _open(self, group: dist.ProcessGroup | None, max_token_num: int, hidden_dim: int, dtype: torch.dtype) -> None:
         check.positive("max_token_num", max_token_num)
         check.positive("hidden_dim", hidden_dim)
         check.choice("dtype", dtype, check.FLOAT_DTYPES)
@@ -105,8 +104,8 @@ class AllReduceFusionWorkspace:
 class TRTLLMAllReduceFusionWorkspace(AllReduceFusionWorkspace):
     """The workspace of backend "trtllm"; group or comm_backend name the ranks, by default the whole world.
 
-    max_token_num, hidden_dim, dtype: of the largest tensor; smaller ones and others of as many bytes fit as well. Raises
-    RuntimeError without a process group, ValueError where tp_size and tp_rank are not the group's.
+    max_token_num, hidden_dim, dtype: of the largest tensor; smaller ones and others of as many bytes fit as well.
+    Raises RuntimeError without a process group, ValueError where tp_size and tp_rank are not the group's.
     """
 
     backend = "trtllm"
@@ -230,21 +229,21 @@ def allreduce_fusion(
 ) -> torch.Tensor:
     """The sum of `input` over the ranks, and what `pattern` (`AllReduceFusionPattern`) asks for, in one kernel.
 
-    With s the sum in fp32: `output = s`; `residual_out = r = s + residual_in`; `norm_out = y = r / sqrt(mean(r^2) + eps)
-    * (rms_gamma + weight_bias)`; fp8: `quant_out = y / scale_factor`; fp8 by rows: `quant_out = y / scale_out`, chosen for
-    the largest of a row; fp4 and fp8 by groups take y as rounded into norm_out, in launches of their own.
+    With s the sum in fp32: `output = s`; `residual_out = r = s + residual_in`; `norm_out = y = r / sqrt(mean(r^2) +
+    eps) * (rms_gamma + weight_bias)`; fp8: `quant_out = y / scale_factor`; fp8 by rows: `quant_out = y / scale_out`,
+    chosen for the largest of a row; fp4 and fp8 by groups take y as rounded into norm_out, in launches of their own.
     Of the patterns for experts what is summed is made before: `kMoEReduction...` takes `moe_reduction_token_input + sum
     over experts e of scale_input[e] * active_experts_token_input[e]`, `kMoEFinalize...` takes `shared_expert_output +
     sum over k of expert_scale_factor[:, k] * input[expanded_idx_to_permuted_idx[:, k]]`, entries below 0 left out.
 
-    input: `[num_tokens, hidden_size]`, of the last pattern `[rows, hidden_size]`; fp32, fp16 or bf16. residual_in and the
-    outputs but quant_out and scale_out: of `[num_tokens, hidden_size]` and input's dtype. rms_gamma: `[hidden_size]`,
-    any float dtype. All contiguous. norm_out and output may be input, residual_out may be residual_in or input.
-    residual_in: None adds nothing. residual_out, output: written if given. quant_out: fp8 of input's shape, made where
-    it is missing and one scale will do; fp4: bytes of two codes each. scale_factor: fp32 of one element, or a number,
-    which costs a launch; None: 1. scale_out: fp32 `[num_tokens, 1]` (by rows), bytes of e4m3 in the order `layout_code`
-    (fp4; `QuantizationSFLayout`, by default 128x4), int32 exponents of strides `(1, num_tokens rounded up to 4)` (by
-    groups of `block_quant_group_size`). moe_reduction_scale_input: fp32 `[experts, num_tokens]`,
+    input: `[num_tokens, hidden_size]`, of the last pattern `[rows, hidden_size]`; fp32, fp16 or bf16. residual_in and
+    the outputs but quant_out and scale_out: of `[num_tokens, hidden_size]` and input's dtype. rms_gamma:
+    `[hidden_size]`, any float dtype. All contiguous. norm_out and output may be input, residual_out may be residual_in
+    or input. residual_in: None adds nothing. residual_out, output: written if given. quant_out: fp8 of input's shape,
+    made where it is missing and one scale will do; fp4: bytes of two codes each. scale_factor: fp32 of one element, or
+    a number, which costs a launch; None: 1. scale_out: fp32 `[num_tokens, 1]` (by rows), bytes of e4m3 in the order
+    `layout_code` (fp4; `QuantizationSFLayout`, by default 128x4), int32 exponents of strides `(1, num_tokens rounded up
+    to 4)` (by groups of `block_quant_group_size`). moe_reduction_scale_input: fp32 `[experts, num_tokens]`,
     active_experts_token_input `[experts * num_tokens, hidden_size]`; expert_scale_factor and
     expanded_idx_to_permuted_idx (int32): `[num_tokens, top_k]`. use_oneshot: None leaves the algorithm to the size.
     moe_finalize_backend is accepted and ignored.
@@ -267,7 +266,7 @@ def allreduce_fusion(
         workspace.check_size(mix.num_rows, rows.shape[-1], rows.dtype)
         return mixed(rows, mix, norm, codes, comm)
     check.tensor("input", input, shape=(None, None))
-    workspace.check_size(*input.shape, input.dtype)
+    workspace.check_size(input.shape[0], input.shape[1], input.dtype)
     return fused(input, pattern, norm, codes, comm, use_oneshot)
 
 
@@ -332,14 +331,16 @@ def finalisation(
     table: torch.Tensor | None,
     scales: torch.Tensor | None,
     shared: torch.Tensor | None,
-    factor: float | None = None,
+    factor: float = 1.0,
 ) -> tuple[torch.Tensor, ops.Mix]:
     """(rows, how they are summed up) of the gathering of each token's experts; factor: of all of them."""
     _given(expanded_idx_to_permuted_idx=table)
     assert table is not None
     check.tensor("expanded_idx_to_permuted_idx", table, shape=(None, None))
     check.tensor("input", rows, shape=(None, None))
-    return rows, ops.Mix(*table.shape, table, scales, shared, 1.0 if factor is None else float(factor))
+    return rows, ops.Mix(
+        table.shape[0], table.shape[1], table, scales, shared, 1.0 if factor is None else float(factor)
+    )
 
 
 def mixed(rows: torch.Tensor, mix: ops.Mix, norm: Norm, codes: Codes, comm: ops.Workspace) -> torch.Tensor:

@@ -1,10 +1,10 @@
 """All-reduce, all-gather and reduce-scatter over the ranks of a process group: this package's own functions.
 
 Every rank calls the same functions with tensors of the same shapes, in the same order. On GPUs that reach each other's
-memory a call is one kernel, and may be captured in a CUDA graph after one call for its dtype; elsewhere it is torch's own
-collectives. Sums are fp32, added in the order of ranks, rounded once, and the same bits on all ranks (of more than 1.5
-MiB sent to the other ranks: two shots, the same bits as well). A rank that is missing, or makes another call, is an error on the next call
-that looks (`PeerError`), not a hang.
+memory a call is one kernel, and may be captured in a CUDA graph after one call for its dtype; elsewhere it is torch's
+own collectives. Sums are fp32, added in the order of ranks, rounded once, and the same bits on all ranks (of more than
+1.5 MiB sent to the other ranks: two shots, the same bits as well). A rank that is missing, or makes another call, is an
+error on the next call that looks (`PeerError`), not a hang.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def _checked(x: torch.Tensor, out: torch.Tensor, shape: tuple[int, ...]) -> None
 @replayed
 def _all_reduce(out: torch.Tensor, x: torch.Tensor, workspace: int) -> None:
     _checked(x, out, tuple(x.shape))
-    ops.all_reduce(x, out, None, None, None, None, None, None, None, workspace, 0.0, 0.0, None)
+    ops.all_reduce(ops.Reduce(x, out), workspace)
 
 
 @replayed
@@ -163,8 +163,8 @@ def all_reduce_fp8(
 
     Parts are rounded, added up in fp32, and the sum is rounded again; all ranks get the same bits. With the sum S of
     parts x_r an element is off by at most `2^-4 * (sum of |x_r| + |S| + 2^-4 * sum of |x_r|)` and the rounding of the
-    result; below 2^-6 / 448 of the largest of its group an addend is off by `2^-10 / 448` of that largest one instead of
-    2^-4 of itself. A group that holds an infinity comes out as NaN.
+    result; below 2^-6 / 448 of the largest of its group an addend is off by `2^-10 / 448` of that largest one instead
+    of 2^-4 of itself. A group that holds an infinity comes out as NaN.
     group_size: a power of two up to 4096 where kernels do it, any with torch. x, out, errors: as for `all_reduce`.
     """
     ready(workspace)

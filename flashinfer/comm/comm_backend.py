@@ -72,7 +72,7 @@ class TorchDistBackend:
         found = {}
         for other in sorted(groups):  # torch wants every rank in the making of every group
             ranks = [rank for _, rank in sorted(groups[other])]
-            options = {} if ranks == sorted(ranks) else {"sort_ranks": False}
+            options: dict[str, Any] = {} if ranks == sorted(ranks) else {"sort_ranks": False}
             found[other] = dist.new_group(ranks, **options)
         return TorchDistBackend(found[color])
 

@@ -1,4 +1,4 @@
-"""An all-reduce and what goes before and after it, on tensors that are all there; `allreduce.py` makes those missing."""
+"""An all-reduce with what goes around it, on tensors that are there; `allreduce.py` makes those missing."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class Norm(NamedTuple):
 class Codes(NamedTuple):
     """Where the codes of a norm go, with what scales.
 
-    out: fp8 `[num_tokens, hidden_size]`, or the bytes of two codes of fp4 each. scales: those that come out, in bytes of
-    e4m3 (fp4, in the order `layout`), fp32 `[num_tokens, 1]` ("fp8_rows") or packed exponents ("fp8_groups", of
+    out: fp8 `[num_tokens, hidden_size]`, or the bytes of two codes of fp4 each. scales: those that come out, in bytes
+    of e4m3 (fp4, in the order `layout`), fp32 `[num_tokens, 1]` ("fp8_rows") or packed exponents ("fp8_groups", of
     `group_size` numbers). factor: fp32 of one element: the divisor of "fp8", the multiplier of fp4's scales.
     """
 
@@ -95,8 +95,8 @@ def _reduce(
         check.scalar("scale_factor", scale, like)
     if scales is not None:
         check.tensor("scale_out", scales, dtypes=(torch.float32,), shape=(input.shape[0], 1), like=like)
-    tensors = (input, output, residual, residual_out, normed, weight, quantised, scale, scales)
-    ops.all_reduce(*tensors, workspace, eps, weight_bias, shots)
+    tensors = ops.Reduce(input, output, residual, residual_out, normed, weight, quantised, scale, scales)
+    ops.all_reduce(tensors, workspace, eps, weight_bias, shots)
 
 
 @replayed
@@ -130,8 +130,9 @@ def _mixed_reduce(
     if added is not None:
         check.tensor("what is added to the experts", added, dtypes=(input.dtype,), shape=shape, like=like)
     check.contiguous(expanded_idx_to_permuted_idx=table, scales=factors, added=added)
-    parts = (input, table, factors, added, num_tokens, num_parts, factor)
-    ops.mixed_all_reduce(*parts, output, residual, residual_out, normed, weight, workspace, eps, weight_bias, None)
+    tensors = ops.Reduce(input, output, residual, residual_out, normed, weight)
+    mix = ops.Mix(num_tokens, num_parts, table, factors, added, factor)
+    ops.all_reduce(tensors, workspace, eps, weight_bias, None, mix)
 
 
 @replayed
@@ -206,9 +207,7 @@ def run(
         _quantise(fusion, codes, normed)
 
 
-def run_mixed(
-    input: torch.Tensor, mix: ops.Mix, norm: Norm, codes: Codes | None, workspace: ops.Workspace
-) -> None:
+def run_mixed(input: torch.Tensor, mix: ops.Mix, norm: Norm, codes: Codes | None, workspace: ops.Workspace) -> None:
     """`run` for sums of rows of `input` (`Mix`), fp4 codes behind it where codes are given."""
     assert norm.weight is not None
     hidden_size = norm.weight.shape[0]

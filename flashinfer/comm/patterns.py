@@ -66,8 +66,8 @@ class QuantizationSFLayout:
 
 class Fusion(NamedTuple):
     """What a pattern means. norm: residual and RMSNorm follow the sum. codes: what the norm is turned into: "" nothing,
-    "fp8" by one scale, "fp8_rows" by one a row, "fp8_groups" by one a group of a row, "fp4". keeps_norm: the norm itself
-    is a result.
+    "fp8" by one scale, "fp8_rows" by one a row, "fp8_groups" by one a group of a row, "fp4". keeps_norm: the norm
+    itself is a result.
     """
 
     norm: bool

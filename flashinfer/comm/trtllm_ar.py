@@ -1,8 +1,8 @@
 """TensorRT-LLM's all-reduce functions with FlashInfer's names: thin, over `allreduce.py`.
 
 A workspace is handed around as an int64 tensor and as lists of addresses. Both are keys: the tensor's own address, and
-the list itself, by which this package finds the object they stand for. So no copy of the tensor will do, and code that is
-compiled as a whole graph takes `allreduce_fusion` instead.
+the list itself, by which this package finds the object they stand for. So no copy of the tensor will do, and code that
+is compiled as a whole graph takes `allreduce_fusion` instead.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ def trtllm_create_ipc_workspace_for_all_reduce_fusion(
     """A workspace for the functions of this module, made by all ranks together.
 
     Returns (handles, tensor), with create_metadata (handles, tensor, metadata), with use_symm_dev_mem as well (handles,
-    tensor, [], metadata): handles is what `trtllm_destroy_ipc_workspace_for_all_reduce_fusion` takes, three lists of one
-    number a rank, tensor is `workspace_ptrs`, metadata a dict of the sizes. use_fp32_lamport: for fp32 instead of half
-    precision. Errors as for `TRTLLMAllReduceFusionWorkspace`; ValueError for use_symm_dev_mem without metadata.
+    tensor, [], metadata): handles is what `trtllm_destroy_ipc_workspace_for_all_reduce_fusion` takes, three lists of
+    one number a rank, tensor is `workspace_ptrs`, metadata a dict of the sizes. use_fp32_lamport: for fp32 instead of
+    half precision. Errors as for `TRTLLMAllReduceFusionWorkspace`; ValueError for use_symm_dev_mem without metadata.
     """
     if use_symm_dev_mem and not create_metadata:
         got, fix = "True without create_metadata", "Pass create_metadata=True."
@@ -98,6 +98,18 @@ def _shaped(x: torch.Tensor | None, shape: tuple[int, int], name: str) -> torch.
     return x.view(shape)
 
 
+def _norm(
+    rows: dict[str, torch.Tensor | None],
+    shape: tuple[int, int],
+    weight: torch.Tensor | None,
+    eps: float,
+    weight_bias: float | None,
+) -> Norm:
+    """rows: the sum, the residual, what it becomes, the norm."""
+    output, residual, residual_out, out = (_shaped(x, shape, name) for name, x in rows.items())
+    return Norm(output, residual, residual_out, out, weight, eps, weight_bias or 0.0)
+
+
 def trtllm_allreduce_fusion(
     allreduce_in: torch.Tensor,
     world_size: int,
@@ -139,8 +151,7 @@ def trtllm_allreduce_fusion(
         "residual_out": residual_out,
         "norm_out": norm_out,
     }
-    views = [_shaped(x, shape, name) for name, x in rows.items()]
-    norm = Norm(*views, rms_gamma, 1e-6 if rms_eps is None else rms_eps, weight_bias or 0.0)
+    norm = _norm(rows, shape, rms_gamma, 1e-6 if rms_eps is None else rms_eps, weight_bias)
     if quant_out is not None and quant_out.dtype in check.FP8_DTYPES:
         quant_out = _shaped(quant_out, shape, "quant_out")
     factor = factor_of(scale_factor, allreduce_in.device)
@@ -192,8 +203,7 @@ def trtllm_moe_allreduce_fusion(
         "residual_out": residual_out,
         "norm_out": norm_out,
     }
-    views = [_shaped(x, shape, name) for name, x in rows.items()]
-    norm = Norm(*views, rms_gamma, rms_eps, weight_bias or 0.0)
+    norm = _norm(rows, shape, rms_gamma, rms_eps, weight_bias)
     added = _shaped(moe_reduction_token_input, shape, "moe_reduction_token_input")
     experts = (moe_reduction_active_experts_token_input, moe_reduction_scale_input, added)
     codes = Codes(quant_out, scale_out, None if quant_out is None else factor_of(scale_factor, device), layout_code)
@@ -229,8 +239,9 @@ def trtllm_moe_finalize_allreduce_fusion(
     workspace = _workspace(workspace_ptrs, world_size, world_rank)
     comm = workspace.on(allreduce_in.device)
     ready(comm)
-    parts = (expanded_idx_to_permuted_idx, expert_scale_factor, shared_expert_output, routed_scaling_factor)
-    rows, mix = finalisation(allreduce_in, *parts)
+    factor = 1.0 if routed_scaling_factor is None else float(routed_scaling_factor)
+    parts = (expanded_idx_to_permuted_idx, expert_scale_factor, shared_expert_output)
+    rows, mix = finalisation(allreduce_in, *parts, factor)
     workspace.check_size(mix.num_rows, rows.shape[1], rows.dtype)
     norm = Norm(None, residual_in, residual_out, norm_out, norm_weight, eps, weight_bias or 0.0)
     mixed(rows, mix, norm, Codes(None, None, None), comm)

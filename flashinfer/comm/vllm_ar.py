@@ -1,7 +1,7 @@
 """vLLM's custom all-reduce with FlashInfer's names, over this package's all-reduce.
 
-Addresses are those of `create_shared_buffer`, and keys: memory that came from elsewhere is refused. The number that stands
-for an all-reduce (`fa`) is a key of this module's.
+Addresses are those of `create_shared_buffer`, and keys: memory that came from elsewhere is refused. The number that
+stands for an all-reduce (`fa`) is a key of this module's.
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """Rows handed from rank to rank through mailboxes: memory that every rank writes to, and only its owner reads.
 
-Data is its own signal, as in NCCL's LL protocol and TensorRT-LLM's "Lamport" kernels: a mailbox is full of a mark, -0.0,
-that no sender sends, and a receiver reads until no mark is left. One trip through the link brings the data and the news
-of it. A place of a mailbox is used in three turns. In each use the receiver empties the place of the use before. Nobody
-writes there before the use after the next: that begins, on any rank, when the next one has ended there, so with this
-rank's data of the next use, which this rank sent after this use had ended.
+Data is its own signal, as in NCCL's LL protocol and TensorRT-LLM's "Lamport" kernels: a mailbox is full of a mark,
+-0.0, that no sender sends, and a receiver reads until no mark is left. One trip through the link brings the data and
+the news of it. A place of a mailbox is used in three turns. In each use the receiver empties the place of the use
+before. Nobody writes there before the use after the next: that begins, on any rank, when the next one has ended there,
+so with this rank's data of the next use, which this rank sent after this use had ended.
 
-Programs wait for those of the same number on other ranks only. All of a launch must be resident, or start in the order of
-their numbers.
+Programs wait for those of the same number on other ranks only. All of a launch must be resident, or start in the order
+of their numbers.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Mailbox(NamedTuple):
 
     peers: the mailboxes of all ranks, own: this rank's; of one dtype. first: elements before the region, turn: elements
     of one of its turns. uses: int32, how often each place of the region was used. broken: int32, not 0 once a rank was
-    missed. report: address of int32 `[8]` on the host (`workspace.Report`). limit: how often a mailbox is read in vain before
-    its sender counts as missing.
+    missed. report: address of int32 `[8]` on the host (`workspace.Report`). limit: how often a mailbox is read in vain
+    before its sender counts as missing.
     """
 
     peers: tuple[torch.Tensor, ...]
@@ -148,7 +148,7 @@ def greet(box, greeting, W: tl.constexpr):
 
 @triton.jit
 def receive(box, offsets, mask, rank, place):
-    """What `rank` put at `offsets`, a tile of any shape, of this rank's mailbox; NaN (e4m3's in bytes) if it does not."""
+    """What `rank` put at `offsets` of this rank's mailbox, a tile; NaN (in bytes that of e4m3) if it does not come."""
     limit, polls = patience(box), 0
     x = tl.load(box.own + offsets, mask=mask, other=0, volatile=True)
     late = tl.max(is_mark(x).to(tl.int32), None)

@@ -65,7 +65,9 @@ def _norm_cases(rank: int, world_size: int, device: torch.device, backend: str, 
         x = inputs[rank].to(device)
         empty = [torch.full_like(x, float("nan")) for _ in range(3)]
         codes = torch.full_like(x, float("nan")).to(torch.float8_e4m3fn) if quantised else None
-        tensors = Reduce(x, empty[0], residual.to(device), empty[1], empty[2], weight.to(device), codes, scale.to(device))
+        tensors = Reduce(
+            x, empty[0], residual.to(device), empty[1], empty[2], weight.to(device), codes, scale.to(device)
+        )
         collectives.reduce(tensors, workspace, 1e-6, 1.0, two_shot, backend=backend)
         exact = sum(y.double() for y in inputs)
         tolerance = {"rtol": 2**-9 if dtype == FP16 else 2**-6 if dtype == BF16 else 1e-5, "atol": 2e-3}

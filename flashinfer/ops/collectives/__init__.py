@@ -5,6 +5,8 @@ What a group holds between calls is a `Workspace`; the ops know it by its number
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from flashinfer.core import check, library
@@ -91,60 +93,59 @@ def reserve(workspace: Workspace, dtype: torch.dtype, hidden_size: int) -> None:
             workspace.room(dtype, cols)
 
 
+# Fields of Reduce that are written, and those of Reduce and of Mix that are read, in the order the op below has them.
+OUTPUTS = ("total", "residual_out", "normed", "quantised", "scales")
+INPUTS = ("residual", "weight", "scale")
+PARTS = ("table", "factors", "added")
+
+
 @library.register(
-    "all_reduce(Tensor input, Tensor(a!)? total, Tensor? residual, Tensor(b!)? residual_out, Tensor(c!)? normed, "
-    "Tensor? weight, Tensor(d!)? quantised, Tensor? scale, Tensor(e!)? scales, int workspace, float eps, "
-    "float weight_bias, bool? two_shot) -> ()"
+    "all_reduce(Tensor input, Tensor(a!)[] outs, Tensor?[] given, int[] which, float[] numbers, int workspace, "
+    "bool? two_shot) -> ()"
 )
+def _all_reduce(
+    input: torch.Tensor,
+    outs: Sequence[torch.Tensor],
+    given: Sequence[torch.Tensor | None],
+    which: Sequence[int],
+    numbers: Sequence[float],
+    workspace: int,
+    two_shot: bool | None,
+) -> None:
+    """outs: the OUTPUTS that `bits` say. given: INPUTS and PARTS. which: (bits, rows, parts of a row)."""
+    bits, num_rows, num_parts = which
+    eps, weight_bias, scale = numbers
+    writes = dict(zip((name for i, name in enumerate(OUTPUTS) if bits >> i & 1), outs, strict=True))
+    reads = dict(zip((*INPUTS, *PARTS), given, strict=True))
+    table, factors, added = (reads.pop(name) for name in PARTS)
+    mix = Mix(num_rows, num_parts, table, factors, added, scale) if num_parts else None
+    if mix is not None and mix.table is not None:
+        check.index_range("expanded_idx_to_permuted_idx", mix.table, -(2**31), input.shape[0])
+    reduce(Reduce(input, **writes, **reads), workspace_of(workspace), eps, weight_bias, two_shot, mix)
+
+
 def all_reduce(
-    input: torch.Tensor,
-    total: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-    normed: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    quantised: torch.Tensor | None,
-    scale: torch.Tensor | None,
-    scales: torch.Tensor | None,
+    tensors: Reduce,
     workspace: int,
-    eps: float,
-    weight_bias: float,
-    two_shot: bool | None,
+    eps: float = 0.0,
+    weight_bias: float = 0.0,
+    two_shot: bool | None = None,
+    mix: Mix | None = None,
 ) -> None:
-    """`total = sum over ranks of input`, and what follows from it (`Reduce`)."""
-    tensors = Reduce(input, total, residual, residual_out, normed, weight, quantised, scale, scales)
-    reduce(tensors, workspace_of(workspace), eps, weight_bias, two_shot)
-
-
-@library.register(
-    "mixed_all_reduce(Tensor input, Tensor? table, Tensor? factors, Tensor? added, int num_rows, int num_parts, "
-    "float factor, Tensor(a!)? total, Tensor? residual, Tensor(b!)? residual_out, Tensor(c!)? normed, Tensor? weight, "
-    "int workspace, float eps, float weight_bias, bool? two_shot) -> ()"
-)
-def mixed_all_reduce(
-    input: torch.Tensor,
-    table: torch.Tensor | None,
-    factors: torch.Tensor | None,
-    added: torch.Tensor | None,
-    num_rows: int,
-    num_parts: int,
-    factor: float,
-    total: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    residual_out: torch.Tensor | None,
-    normed: torch.Tensor | None,
-    weight: torch.Tensor | None,
-    workspace: int,
-    eps: float,
-    weight_bias: float,
-    two_shot: bool | None,
-) -> None:
-    """`all_reduce` of sums of rows of `input` (`Mix`)."""
-    if table is not None:
-        check.index_range("table", table, -(2**31), input.shape[0])
-    tensors = Reduce(input, total, residual, residual_out, normed, weight)
-    mix = Mix(num_rows, num_parts, table, factors, added, factor)
-    reduce(tensors, workspace_of(workspace), eps, weight_bias, two_shot, mix)
+    """`reduce` as a torch op; workspace: its number."""
+    outs = [getattr(tensors, name) for name in OUTPUTS]
+    bits = sum(1 << i for i, x in enumerate(outs) if x is not None)
+    parts = [None if mix is None else getattr(mix, name) for name in PARTS]
+    which = (bits, 0, 0) if mix is None else (bits, mix.num_rows, mix.num_parts)
+    _all_reduce(
+        tensors.input,
+        [x for x in outs if x is not None],
+        [*(getattr(tensors, name) for name in INPUTS), *parts],
+        which,
+        (eps, weight_bias, 1.0 if mix is None else mix.scale),
+        workspace,
+        two_shot,
+    )
 
 
 @library.register("all_reduce_fp8(Tensor(a!) out, Tensor input, int group_size, int workspace) -> ()")
@@ -175,7 +176,6 @@ __all__ = [
     "all_gather",
     "all_reduce",
     "all_reduce_fp8",
-    "mixed_all_reduce",
     "reduce",
     "reduce_in_fp8",
     "reduce_scatter",

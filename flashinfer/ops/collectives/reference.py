@@ -19,7 +19,7 @@ def bind(spec: CollectiveSpec, arch: Arch) -> Callable[..., None]:
 
 def _parts(x: torch.Tensor, workspace: Workspace) -> list[torch.Tensor]:
     """`x` of each rank; moved as bytes, since not every backend knows every dtype."""
-    mine = x.contiguous().view(torch.uint8)
+    mine = x.contiguous().view(-1).view(torch.uint8)
     parts = [torch.empty_like(mine) for _ in range(workspace.peers.world_size)]
     dist.all_gather(parts, mine, group=workspace.peers.group)
     return [part.view(x.dtype).view(x.shape) for part in parts]

@@ -57,8 +57,8 @@ class Mix(NamedTuple):
     """How the rows that a rank reduces are made of the rows of `Reduce.input`, contiguous: sums in fp32, then rounded.
 
     Row i is `added[i] + scale * sum over j of factors[i, j] * input[table[i, j]]`, table int32 `[rows, num_parts]`,
-    where an entry below 0 adds nothing, factors of any float dtype and of table's shape. Without table it is `added[i] +
-    scale * sum over j of factors[j, i] * input[j * rows + i]`, factors `[num_parts, rows]`. None: ones, or nothing.
+    where an entry below 0 adds nothing, factors of any float dtype and of table's shape. Without table it is `added[i]
+    + scale * sum over j of factors[j, i] * input[j * rows + i]`, factors `[num_parts, rows]`. None: ones, or nothing.
     """
 
     num_rows: int
@@ -67,6 +67,10 @@ class Mix(NamedTuple):
     factors: torch.Tensor | None = None
     added: torch.Tensor | None = None
     scale: float = 1.0
+
+
+# Bits of the fields of a Word, the lowest first.
+WIDTHS = (4, 3, 3, 15, 36)
 
 
 class Word(NamedTuple):
@@ -81,13 +85,10 @@ class Word(NamedTuple):
     cols: int
     num_elements: int
 
-    # Bits of each field, the lowest first.
-    WIDTHS = (4, 3, 3, 15, 36)
-
     @property
     def packed(self) -> int:
         number, shift = 1, 1
-        for value, width in zip(self, self.WIDTHS, strict=True):
+        for value, width in zip(self, WIDTHS, strict=True):
             number |= (value & ((1 << width) - 1)) << shift
             shift += width
         return number | 1 << 62
@@ -95,7 +96,7 @@ class Word(NamedTuple):
     @classmethod
     def unpacked(cls, number: int) -> Word:
         fields, number = [], number >> 1
-        for width in cls.WIDTHS:
+        for width in WIDTHS:
             fields.append(number & ((1 << width) - 1))
             number >>= width
         return cls(*fields)

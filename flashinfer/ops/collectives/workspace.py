@@ -54,7 +54,8 @@ class Room:
     """Mailboxes for rows of one size and dtype, and their states.
 
     boxes: `[elements]` of each rank. greetings: int64 `[3 * world_size]` of each rank. regions: (one shot, two shots),
-    in rows. number: no other room of the process has it. uses: int32 of the places of each region. greeted, broken: int32 `[1]` (`device/mailbox.py`).
+    in rows. number: no other room of the process has it. uses: int32 of the places of each region. greeted, broken:
+    int32 `[1]` (`device/mailbox.py`).
     """
 
     number: int
@@ -129,7 +130,9 @@ class Workspace:
         self._permanent += map(replay.permanent, (*boxes, *greetings, greeted, broken, *uses))
         limit = min(int(peers.timeout / READ_SECONDS[peers.device.type]), 2**30)
         uses_of = (uses[0], uses[1])
-        return Room(next(_numbers), peers, cols, boxes, greetings, regions, uses_of, greeted, broken, self.report, limit)
+        return Room(
+            next(_numbers), peers, cols, boxes, greetings, regions, uses_of, greeted, broken, self.report, limit
+        )
 
     def agree(self, word: Word) -> None:
         """See that every rank makes this call: each time on the CPU, the first time on a GPU (it takes 0.1 ms a rank).

@@ -9,6 +9,7 @@ import torch
 
 from flashinfer.core.arch import Arch
 from flashinfer.ops.page.spec import Append, AppendSpec, Fp4Append, PageTable, Scale, as_bytes
+from flashinfer.ops.quantization import e2m1_codes
 
 
 @torch.no_grad()
@@ -84,17 +85,6 @@ def append(spec: AppendSpec, tensors: Append) -> None:
         cache[page, slot] = torch.where(kept[:, None, None], new, cache[page, slot])
 
 
-def _e2m1(x: torch.Tensor) -> torch.Tensor:
-    """Codes of fp32 numbers, uint8: nearest even, saturating; NaN gives 6."""
-    magnitude = x.abs().nan_to_num(nan=6.0).clamp(max=6.0)
-    # A step is 0.5 below 2, 1 below 4, then 2; round() takes ties to even, and even multiples have even codes.
-    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
-    rounded = (magnitude / step).round() * step
-    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=x.device)
-    code = torch.searchsorted(values, rounded)
-    return (code + 8 * (torch.signbit(x) & ~x.isnan())).to(torch.uint8)
-
-
 @torch.no_grad()
 def append_fp4(tensors: Fp4Append) -> None:
     """Write each token's codes and scales into its place."""
@@ -106,6 +96,6 @@ def append_fp4(tensors: Fp4Append) -> None:
     stored = (x.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1) / six / factor).clamp(max=448.0)
     stored = stored.to(torch.float8_e4m3fn)
     divisor = (stored.float() * factor)[..., None]
-    code = _e2m1(torch.where(divisor == 0, 0.0, x / divisor)).flatten(-2)
+    code = e2m1_codes(torch.where(divisor == 0, 0.0, x / divisor)).flatten(-2)
     for new, cache in ((code[..., ::2] | code[..., 1::2] << 4, codes), (stored.view(torch.uint8), scales)):
         cache[page, slot] = torch.where(kept[:, None, None], new[row], cache[page, slot])

@@ -9,7 +9,15 @@ from torch.nn import functional
 
 from flashinfer.core import check, library
 from flashinfer.core.select import Choice, Impl
-from flashinfer.ops.quantization.spec import Fp4, Fp4Pages, QuantSpec, SfLayout, scale_offset, scales_needed
+from flashinfer.ops.quantization.spec import (
+    Fp4,
+    Fp4Pages,
+    QuantSpec,
+    SfLayout,
+    e2m1_codes,
+    scale_offset,
+    scales_needed,
+)
 from flashinfer.ops.quantization.support import torch_supports, triton_supports
 
 IMPLS = (
@@ -137,6 +145,20 @@ def dequantize_fp4(
         _chosen("dequantize_fp4", x, out).dequantize_fp4(out, x, scales, global_scale, kind)
 
 
+@library.register("quantize_fp4(Tensor(a!) out, Tensor(b!) scales, Tensor x, Tensor? global_scale, int layout) -> ()")
+def quantize_fp4(
+    out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, global_scale: torch.Tensor | None, layout: int
+) -> None:
+    """NVFP4: the scale of 16 numbers is `global_scale * largest |x| / 6` in e4m3, codes `x * global_scale / scale`.
+
+    out: uint8 `[rows, columns / 2]`, the first of a pair in the low bits. scales: bytes, flat, in the order `layout`;
+    what lies between them stays. x `[rows, columns]`, contiguous. global_scale: fp32 of one element, None for 1. A NaN
+    does not count for the scale and gives 6.
+    """
+    if x.numel() > 0:
+        _chosen("quantize_fp4", x, out).quantize_fp4(out, scales, x, global_scale, SfLayout(layout))
+
+
 @library.register(
     "dequantize_fp4_pages(Tensor(a!) out, Tensor codes, Tensor scales, Tensor global_scale, Tensor table, "
     "Tensor seq_lens) -> ()"
@@ -180,6 +202,7 @@ __all__ = [
     "dequantize_fp4",
     "dequantize_fp4_pages",
     "dequantize_groups",
+    "e2m1_codes",
     "interleave_scales",
     "linear_scales",
     "moved",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from flashinfer.ops.quantization.spec import Fp4, Fp4Pages, scale_offset
+from flashinfer.ops.quantization.spec import Fp4, Fp4Pages, SfLayout, e2m1_codes, scale_offset
 
 
 def _bytes(bits: torch.Tensor, little: bool) -> torch.Tensor:
@@ -115,6 +115,25 @@ def dequantize_fp4(
     if global_scale is not None:
         factor = factor * global_scale
     out.copy_(values * factor.repeat_interleave(kind.group_size, dim=1))
+
+
+@torch.no_grad()
+def quantize_fp4(
+    out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, global_scale: torch.Tensor | None, layout: SfLayout
+) -> None:
+    """Blocks of 16 by the largest magnitude of each, NaN left aside."""
+    blocks = x.float().unflatten(-1, (-1, 16))
+    # A tensor, since a division by a number may become a product with its inverse.
+    six = torch.full((), 6.0, dtype=torch.float32, device=x.device)
+    factor = torch.ones((), device=x.device) if global_scale is None else global_scale.view(())
+    largest = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=-1)
+    stored = (factor * (largest / six)).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    divisor = (stored.float() / factor)[..., None]
+    code = e2m1_codes(torch.where(stored.float()[..., None] == 0, 0.0, blocks / divisor)).flatten(-2)
+    out.copy_(code[..., ::2] | code[..., 1::2] << 4)
+    row = torch.arange(x.shape[0], device=x.device)[:, None]
+    column = torch.arange(stored.shape[1], device=x.device)
+    scales[scale_offset(row, column, stored.shape[1], layout)] = stored.view(torch.uint8)
 
 
 @torch.no_grad()

@@ -59,3 +59,14 @@ def scales_needed(num_rows: int, num_columns: int, layout: SfLayout) -> int:
     rows = {SfLayout.layout_128x4: 128, SfLayout.layout_8x4: 8, SfLayout.layout_linear: 1}[layout]
     columns = 1 if layout == SfLayout.layout_linear else 4
     return -(-num_rows // rows) * rows * -(-num_columns // columns) * columns
+
+
+def e2m1_codes(x: torch.Tensor) -> torch.Tensor:
+    """Codes of fp32 numbers, uint8: nearest even, saturating; NaN gives 6."""
+    magnitude = x.abs().nan_to_num(nan=6.0).clamp(max=6.0)
+    # A step is 0.5 below 2, 1 below 4, then 2; round() takes ties to even, and even multiples have even codes.
+    step = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))
+    rounded = (magnitude / step).round() * step
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], device=x.device)
+    code = torch.searchsorted(values, rounded)
+    return (code + 8 * (torch.signbit(x) & ~x.isnan())).to(torch.uint8)

@@ -50,8 +50,8 @@ def _decode(code, scale, cfg: tl.constexpr):
 def reduce_fp8_kernel(out, input, codes, scales, greeting, num_rows, num_elements, cfg: tl.constexpr):
     """Grid: one program that greets, then at most one a row of `cfg.cols`; `num_elements` in all.
 
-    codes, scales: mailboxes of bytes and of fp32. As in two shots of `reduce_kernel`, row i goes to rank i % W, which adds
-    it up and sends the sum, here rounded to fp8 twice; all ranks, that one included, take the rounded sum.
+    codes, scales: mailboxes of bytes and of fp32. As in two shots of `reduce_kernel`, row i goes to rank i % W, which
+    adds it up and sends the sum, here rounded to fp8 twice; all ranks, that one included, take the rounded sum.
     """
     W: tl.constexpr = cfg.world_size
     GROUPS: tl.constexpr = cfg.cols // cfg.group

@@ -129,9 +129,7 @@ def _bind_reduce(spec: CollectiveSpec, arch: Arch) -> Callable[[Reduce, Mix | No
     return run
 
 
-def _bind_reduce_fp8(
-    spec: CollectiveSpec, arch: Arch
-) -> Callable[[torch.Tensor, torch.Tensor, Workspace], None]:
+def _bind_reduce_fp8(spec: CollectiveSpec, arch: Arch) -> Callable[[torch.Tensor, torch.Tensor, Workspace], None]:
     forms = [Fp8Config(spec.world_size, FP8_COLS, spec.group_size, cut, arch.converts_to_fp8) for cut in (False, True)]
     groups = FP8_COLS // spec.group_size
 

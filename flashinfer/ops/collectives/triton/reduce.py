@@ -12,7 +12,6 @@ import triton.language as tl
 from flashinfer.device.fp8 import to_fp8
 from flashinfer.device.mailbox import greet, marks, receive, receive_sum, sendable, turns, used
 
-
 # The largest number of a row counts as this at least: e4m3's smallest.
 SMALLEST_CODE = tl.constexpr(2.0**-9)
 
@@ -159,7 +158,18 @@ def _write(tensors, total, residual, weight, row, offs, mask, eps, cfg: tl.const
 
 @triton.jit(do_not_specialize=["num_rows", "first_row", "num_tokens", "num_parts"])
 def reduce_kernel(
-    input, tensors, mixed, box, greeting, num_rows, num_elements, first_row, num_tokens, num_parts, eps, cfg: tl.constexpr
+    input,
+    tensors,
+    mixed,
+    box,
+    greeting,
+    num_rows,
+    num_elements,
+    first_row,
+    num_tokens,
+    num_parts,
+    eps,
+    cfg: tl.constexpr,
 ):
     """Grid: one program that greets, then at most one a row.
 

@@ -14,7 +14,8 @@ from flashinfer.device.mailbox import greet, marks, receive, receive_sum, sendab
 class ShareConfig:
     """What a compiled form depends on. cols: elements of a row, block: rounded up to 2^n.
 
-    cut: whether the last row may end early. scatters: the rows of all ranks are added up, each rank gets its part, instead of each rank getting all rows.
+    cut: whether the last row may end early. scatters: the rows of all ranks are added up, each rank gets its part,
+    instead of each rank getting all rows.
     """
 
     world_size: int
@@ -61,5 +62,7 @@ def share_kernel(out, input, box, greeting, num_rows, num_elements, part, cfg: t
                         x = receive(box, now + place + rank * cfg.cols, mask, rank, row)
                         tl.store(out + part * rank + offs, x, mask=mask)
             for rank in tl.static_range(W):
-                tl.store(box.own + before + place + rank * cfg.cols, marks(mine.shape, mine.dtype), mask=cols < cfg.cols)
+                tl.store(
+                    box.own + before + place + rank * cfg.cols, marks(mine.shape, mine.dtype), mask=cols < cfg.cols
+                )
             used(box, row, use)

@@ -7,6 +7,7 @@ from flashinfer.ops.quantization.triton.launch import (
     dequantize_groups,
     packbits,
     quantize_by_scale,
+    quantize_fp4,
     quantize_groups,
     segment_packbits,
 )
@@ -18,6 +19,7 @@ __all__ = [
     "dequantize_groups",
     "packbits",
     "quantize_by_scale",
+    "quantize_fp4",
     "quantize_groups",
     "segment_packbits",
 ]

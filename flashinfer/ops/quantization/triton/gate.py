@@ -69,6 +69,14 @@ def _dequantize() -> Iterator[GateCase]:
         yield _case(label, kernels.dequantize_fp4_kernel, arguments, constexprs, NUM_WARPS, ALL_ARCHS)
 
 
+def _quantize_fp4() -> Iterator[GateCase]:
+    for archs, tile_rows in ((FP8_ARCHS, 128), (OTHER_ARCHS, 8), (FP8_ARCHS, 1)):
+        arguments = {"x": "*bf16", "global_scale": "*fp32", "out": "*u8", "scales": "*u8"}
+        arguments |= {"num_rows": "i32", "num_groups": "i32"}
+        constexprs = {"NATIVE": archs is FP8_ARCHS, "TILE_ROWS": tile_rows, "BLOCK_GROUPS": TILE // 16}
+        yield _case(f"quantize_fp4.{tile_rows}", kernels.quantize_fp4_kernel, arguments, constexprs, NUM_WARPS, archs)
+
+
 def _pages() -> Iterator[GateCase]:
     for head_dim, dtype in ((128, "*bf16"), (96, "*fp32")):
         block_dim, block_tokens = fp4_tile(head_dim)
@@ -84,6 +92,7 @@ def cases() -> Iterator[GateCase]:
     """Every kernel, in the kinds that are used."""
     yield from _quantize()
     yield from _dequantize()
+    yield from _quantize_fp4()
     yield from _pages()
     arguments: dict[str, Any] = {"x": "*u8", "out": "*u8", "num_bits": "i32"}
     constexprs: dict[str, Any] = {"LITTLE": False, "BLOCK": BLOCK_BYTES}

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from flashinfer.device.decode import decode_e2m1, decode_fp8, decode_ue8m0
-from flashinfer.device.fp8 import to_fp8, to_int8
+from flashinfer.device.fp8 import encode_e2m1, to_fp8, to_int8
 from flashinfer.device.search import upper_bound
 
 
@@ -155,6 +155,55 @@ def dequantize_groups_kernel(
     tl.store(target, (value * scale[:, None]).to(out.data.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def scale_places(row, group, num_groups, TILE_ROWS: tl.constexpr):
+    """`spec.scale_offset`. TILE_ROWS: rows of a tile of scales, 1 where they are linear."""
+    tiles = (num_groups + 3) // 4
+    if TILE_ROWS == 1:
+        place = row * num_groups + group
+    elif TILE_ROWS == 8:
+        place = (row // 8 * tiles + group // 4) * 32 + row % 8 * 4 + group % 4
+    else:
+        place = (row // 128 * tiles + group // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4
+    return place
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def quantize_fp4_kernel(
+    x,
+    global_scale,
+    out,
+    scales,
+    num_rows,
+    num_groups,
+    NATIVE: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+):
+    """Grid: blocks of groups of 16. x, out contiguous; TILE_ROWS: as for `scale_places`."""
+    row, group, mask_group = group_places(num_rows, num_groups, BLOCK_GROUPS)
+    begin = (row * num_groups + group)[:, None]
+    pairs = tl.arange(0, 8)[None, :]
+    mask = mask_group[:, None]
+    low = tl.load(x + begin * 16 + 2 * pairs, mask=mask, other=0.0).to(tl.float32)
+    high = tl.load(x + begin * 16 + 2 * pairs + 1, mask=mask, other=0.0).to(tl.float32)
+    largest = tl.maximum(tl.where(low == low, tl.abs(low), 0.0), tl.where(high == high, tl.abs(high), 0.0))
+    largest = tl.max(largest, axis=1)
+    wanted = tl.div_rn(largest, tl.full(largest.shape, 6.0, tl.float32))
+    factor = tl.full(largest.shape, 1.0, tl.float32)
+    if global_scale is not None:
+        factor *= tl.load(global_scale)
+    byte = to_fp8(factor * wanted, 3, NATIVE)
+    stored = decode_fp8(byte, 3)
+    divisor = tl.div_rn(tl.where(stored == 0.0, 1.0, stored), factor)
+    divisor = tl.broadcast_to(divisor[:, None], low.shape)
+    zero = (stored == 0.0)[:, None]
+    low = encode_e2m1(tl.where(zero, 0.0, tl.div_rn(low, divisor)))
+    high = encode_e2m1(tl.where(zero, 0.0, tl.div_rn(high, divisor)))
+    tl.store(out + begin * 8 + pairs, (low | high << 4).to(tl.uint8), mask=mask)
+    tl.store(scales + scale_places(row, group, num_groups, TILE_ROWS), byte, mask=mask_group)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def dequantize_fp4_kernel(
     x,
@@ -168,16 +217,9 @@ def dequantize_fp4_kernel(
     TILE_ROWS: tl.constexpr,
     BLOCK_GROUPS: tl.constexpr,
 ):
-    """Grid: blocks of groups. x, out contiguous; TILE_ROWS: rows of a tile of scales, 1 where they are linear."""
+    """Grid: blocks of groups. x, out contiguous; TILE_ROWS: as for `scale_places`."""
     row, group, mask_group = group_places(num_rows, num_groups, BLOCK_GROUPS)
-    tiles = (num_groups + 3) // 4
-    if TILE_ROWS == 1:
-        place = row * num_groups + group
-    elif TILE_ROWS == 8:
-        place = (row // 8 * tiles + group // 4) * 32 + row % 8 * 4 + group % 4
-    else:
-        place = (row // 128 * tiles + group // 4) * 512 + row % 32 * 16 + row % 128 // 32 * 4 + group % 4
-    byte = tl.load(scales + place, mask=mask_group, other=0)
+    byte = tl.load(scales + scale_places(row, group, num_groups, TILE_ROWS), mask=mask_group, other=0)
     if UE8M0:
         scale = decode_ue8m0(byte)
     else:

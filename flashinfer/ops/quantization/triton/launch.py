@@ -19,6 +19,7 @@ from flashinfer.ops.quantization.triton.kernel import (
     dequantize_groups_kernel,
     packbits_kernel,
     quantize_by_scale_kernel,
+    quantize_fp4_kernel,
     quantize_groups_kernel,
     segment_packbits_kernel,
 )
@@ -33,6 +34,7 @@ _launch_segments = Prebound(segment_packbits_kernel)
 _launch_quantize_groups = Prebound(quantize_groups_kernel)
 _launch_quantize_by_scale = Prebound(quantize_by_scale_kernel)
 _launch_dequantize_groups = Prebound(dequantize_groups_kernel)
+_launch_quantize_fp4 = Prebound(quantize_fp4_kernel)
 _launch_dequantize_fp4 = Prebound(dequantize_fp4_kernel)
 _launch_dequantize_fp4_pages = Prebound(dequantize_fp4_pages_kernel)
 _launch_concat = Prebound(concat_heads_kernel)
@@ -176,6 +178,22 @@ def dequantize_fp4(
             TILE_ROWS[kind.layout],
             block_groups,
         ),
+        x.device,
+        num_warps=NUM_WARPS,
+    )
+
+
+def quantize_fp4(
+    out: torch.Tensor, scales: torch.Tensor, x: torch.Tensor, global_scale: torch.Tensor | None, layout: SfLayout
+) -> None:
+    """Blocks of 16 to codes and their scales."""
+    num_rows, num_groups = x.shape[0], x.shape[1] // 16
+    native, block_groups = arch_of(x.device).converts_to_fp8, TILE // 16
+    aligned = alignment(x, global_scale, out, scales)
+    _launch_quantize_fp4(
+        (-(-num_rows * num_groups // block_groups), 1, 1),
+        (layout, x.dtype, global_scale is None, integer_classes((num_groups,)), aligned),
+        (x, global_scale, out, scales, num_rows, num_groups, native, TILE_ROWS[layout], block_groups),
         x.device,
         num_warps=NUM_WARPS,
     )
