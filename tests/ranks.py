@@ -7,10 +7,13 @@ import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import multiprocessing
@@ -47,6 +50,30 @@ def _run(
     os._exit(0 if result[0] else 1)
 
 
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within, `torch.empty` and its kin give NaN, as in tests of one process."""
+    from tests.conftest import poisoning
+
+    with ExitStack() as patches:
+        for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+            patches.enter_context(mock.patch.object(owner, name, poisoning(getattr(owner, name))))
+        yield
+
+
+def two_gpus() -> int:
+    """2, where there are as many GPUs; the test is skipped elsewhere."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    return 2
+
+
+def skip_interpreter(backend: str) -> None:
+    """Kernels of ranks on a CPU are tested where there is no GPU: elsewhere on GPUs."""
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("kernels run on the GPUs of this machine")
+
+
 def run_ranks(
     function: Callable[..., Any], world_size: int, *args: Any, device: str = "cpu", seed: int = 0, limit: float = LIMIT
 ) -> list[Any]:
@@ -67,13 +94,16 @@ def outcomes(
 ) -> list[Any]:
     """What each rank returned, or the RankError that it ended with: for tests of what goes wrong."""
     context = multiprocessing.get_context("spawn")
+    # A CPU's ranks see no GPU, so that all machines run them alike.
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"} if device == "cpu" else {}
     with tempfile.TemporaryDirectory() as folder:
         ranks = [
             context.Process(target=_run, args=(rank, function, world_size, folder, device, seed, args))
             for rank in range(world_size)
         ]
-        for process in ranks:
-            process.start()
+        with mock.patch.dict(os.environ, hidden):
+            for process in ranks:
+                process.start()
         end = datetime.datetime.now() + datetime.timedelta(seconds=limit)
         for process in ranks:
             process.join(max(0.0, (end - datetime.datetime.now()).total_seconds()))

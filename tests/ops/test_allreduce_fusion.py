@@ -18,7 +18,7 @@ from flashinfer.core.peers import PeerError
 from flashinfer.ops import collectives, quantization
 from flashinfer.ops.quantization import scales_needed
 from tests.ops.allreduce_checks import EPS, FP8, check_all_outputs, fp8_within, fuse, outputs, problem, within
-from tests.ranks import run_ranks
+from tests.ranks import poisoned, run_ranks, skip_interpreter, two_gpus
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 Ranks = tuple[int, int, torch.device]
@@ -75,9 +75,9 @@ def _codes_of_rows(ranks: Ranks, seed: int) -> None:
         codes = fuse(p, rank, workspace, Pattern.kARResidualRMSNormFP8Quant, scale_factor=factor)
         assert codes.dtype == FP8
         fp8_within("quant_out", codes, scale, p, (factor, rank))
-    p.gamma[:] = 0.0 if rank < 0 else p.gamma
     for pattern in (Pattern.kARResidualRMSNormDynamicFP8Quant, Pattern.kARResidualRMSNormOutDynamicFP8Quant):
-        outs, codes, scales = outputs(p), torch.empty(5, 128, dtype=FP8), torch.full((5, 1), float("nan"))
+        outs, codes = outputs(p), torch.empty(5, 128, dtype=FP8, device=device)
+        scales = torch.full((5, 1), float("nan"), device=device)
         assert fuse(p, rank, workspace, pattern, **outs, quant_out=codes, scale_out=scales) is codes
         largest = p.normed.abs().amax(-1, keepdim=True) / 448
         torch.testing.assert_close(scales.double(), largest, rtol=2e-3, atol=0)
@@ -86,7 +86,7 @@ def _codes_of_rows(ranks: Ranks, seed: int) -> None:
         assert outs["norm_out"].isnan().all() == (not kept)
     p.gamma.zero_()  # rows of zeros: the smallest scale, and codes of zero
     fuse(p, rank, workspace, Pattern.kARResidualRMSNormDynamicFP8Quant, quant_out=codes, scale_out=scales)
-    assert (codes.float() == 0).all() and torch.allclose(scales, torch.tensor(2.0**-9 / 448))
+    assert (codes.float() == 0).all() and torch.allclose(scales, torch.tensor(2.0**-9 / 448, device=device))
     workspace.destroy()
 
 
@@ -102,7 +102,7 @@ def _fp4(ranks: Ranks, seed: int) -> None:
         found = []
         for pattern in (Pattern.kARResidualRMSNormOutFP4Quant, Pattern.kARResidualRMSNormFP4Quant):
             outs = outputs(p)
-            codes, scales = torch.zeros(5, 48, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+            codes, scales = (torch.zeros(n, dtype=torch.uint8, device=device) for n in ((5, 48), size))
             given = {**outs, "quant_out": codes, "scale_out": scales, "scale_factor": factor, "layout_code": layout}
             assert fuse(p, rank, workspace, pattern, **given) is codes
             found.append((codes, scales, outs["norm_out"]))
@@ -119,7 +119,8 @@ def _codes_of_groups(ranks: Ranks, seed: int) -> None:
     rank, world_size, device = ranks
     workspace = _workspace(ranks)
     p = problem((5, 192), FP16, world_size, seed, device)
-    codes, whole = torch.empty(5, 192, dtype=FP8), torch.full((16,), 0x7F7F7F7F, dtype=torch.int32)
+    codes = torch.empty(5, 192, dtype=FP8, device=device)
+    whole = torch.full((16,), 0x7F7F7F7F, dtype=torch.int32, device=device)
     scales = whole.as_strided((5, 2), (1, 8))
     given = {"quant_out": codes, "scale_out": scales, "block_quant_group_size": 32}
     pattern = Pattern.kARResidualRMSNormOutPerTokenGroupFP8PackedQuant
@@ -140,7 +141,7 @@ def _experts(ranks: Ranks, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape: int, dtype: torch.dtype = FP16) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
+        return torch.randn(shape, generator=generator).to(device, dtype)
 
     num_tokens, hidden, count = 5, 64, 3
     residual, gamma = rand(num_tokens, hidden), rand(hidden)
@@ -148,6 +149,7 @@ def _experts(ranks: Ranks, seed: int) -> None:
     added = [rand(num_tokens, hidden) for _ in range(world_size)]
     scales = rand(count, num_tokens, dtype=FP32)
     table = torch.randint(-1, count * num_tokens, (num_tokens, count), generator=generator, dtype=torch.int32)
+    table = table.to(device)
     weights = rand(num_tokens, count)
     parts = [(scales[..., None] * x.view(count, num_tokens, hidden)).sum(0) for x in rows]
     sums = [(part + y).to(FP16) for part, y in zip(parts, added, strict=True)]
@@ -163,11 +165,12 @@ def _experts(ranks: Ranks, seed: int) -> None:
     reduction = Pattern.kMoEReductionARResidualRMSNorm
     assert comm.allreduce_fusion(rows[rank], workspace, reduction, **outs, **common, **experts) is outs["norm_out"]
     _check_norm(outs, expected[0], gamma, world_size, rank)
-    codes, block_scales = torch.empty(num_tokens * hidden // 4, dtype=FP16), torch.zeros(512, dtype=torch.uint8)
+    codes = torch.empty(num_tokens * hidden // 4, dtype=FP16, device=device)
+    block_scales = torch.zeros(512, dtype=torch.uint8, device=device)
     quantised = {"quant_out": codes, "scale_out": block_scales, "scale_factor": 2.0}
     comm.allreduce_fusion(rows[rank], workspace, reduction, **outs, **common, **experts, **quantised)
-    wanted = torch.zeros(num_tokens, hidden // 2, dtype=torch.uint8), torch.zeros_like(block_scales)
-    quantization.quantize_fp4(*wanted, outs["norm_out"], torch.full((1,), 2.0), 0)
+    wanted = torch.zeros(num_tokens, hidden // 2, dtype=torch.uint8, device=device), torch.zeros_like(block_scales)
+    quantization.quantize_fp4(*wanted, outs["norm_out"], torch.full((1,), 2.0, device=device), 0)
     assert torch.equal(codes.view(torch.uint8)[: wanted[0].numel()], wanted[0].view(-1))
     assert torch.equal(block_scales, wanted[1])
     kept = (table >= 0)[..., None]
@@ -266,7 +269,7 @@ def _by_group(ranks: Ranks, seed: int) -> None:
     got = comm.quantized_all_reduce(p.inputs[rank], dist.group.WORLD, scale_group=128)
     size = sum(x.double().abs() for x in p.inputs)
     within("fp8", got, p.total, 2.0**-3 * size + p.total_bound, rank)  # the exact bound: test_collectives.py
-    w = torch.randn(256, 24, generator=torch.Generator().manual_seed(seed)).to(FP16)
+    w = torch.randn(256, 24, generator=torch.Generator().manual_seed(seed)).to(device, FP16)
     expected = torch.cat(p.inputs).float() @ w.float()
     launch = comm.prepare_all_gather_matmul(p.inputs[rank], w, dist.group.WORLD)
     for product in (comm.all_gather_matmul(p.inputs[rank], w, dist.group.WORLD), launch(p.inputs[rank])):
@@ -340,8 +343,8 @@ def _refused(ranks: Ranks, seed: int) -> None:
     rank, world_size, device = ranks
     workspace = _workspace(ranks, 8, 64, FP16)
     p = problem((4, 64), FP16, world_size, seed, device)
-    norm, codes = Pattern.kARResidualRMSNorm, torch.empty(4, 64, dtype=FP8)
-    wide = torch.empty(4, 128, dtype=FP16)
+    norm, codes = Pattern.kARResidualRMSNorm, torch.empty(4, 64, dtype=FP8, device=device)
+    wide = torch.empty(4, 128, dtype=FP16, device=device)
 
     def refused(match: str, pattern: int = norm, **given: Any) -> None:
         with pytest.raises(ValueError, match=match):
@@ -356,18 +359,19 @@ def _refused(ranks: Ranks, seed: int) -> None:
     refused("quant_out: got dtype", Pattern.kARResidualRMSNormFP8Quant, quant_out=p.residual.clone())
     refused("scale_out: got None", Pattern.kARResidualRMSNormDynamicFP8Quant, quant_out=codes)
     refused("quant_out: got None", Pattern.kARResidualRMSNormFP4Quant)
-    refused("scale_factor: got shape", Pattern.kARResidualRMSNormFP8Quant, scale_factor=torch.ones(2))
-    few = torch.zeros(3, dtype=torch.uint8)
+    refused("scale_factor: got shape", Pattern.kARResidualRMSNormFP8Quant, scale_factor=torch.ones(2, device=device))
+    few = torch.zeros(3, dtype=torch.uint8, device=device)
     refused("expanded_idx", Pattern.kMoEFinalizeARResidualRMSNorm)
     refused("moe_reduction_active", Pattern.kMoEReductionARResidualRMSNorm)
-    beyond = torch.full((4, 1), 4, dtype=torch.int32)
-    refused("values from 4 to 4", Pattern.kMoEFinalizeARResidualRMSNorm, expanded_idx_to_permuted_idx=beyond)
+    if device.type == "cpu":
+        beyond = torch.full((4, 1), 4, dtype=torch.int32)
+        refused("values from 4 to 4", Pattern.kMoEFinalizeARResidualRMSNorm, expanded_idx_to_permuted_idx=beyond)
     with pytest.raises(ValueError, match="input: got 9 tokens"):
-        comm.allreduce_fusion(torch.empty(9, 64, dtype=FP16), workspace, Pattern.kAllReduce)
+        comm.allreduce_fusion(torch.empty(9, 64, dtype=FP16, device=device), workspace, Pattern.kAllReduce)
     with pytest.raises(ValueError, match="input: got strides"):
         comm.allreduce_fusion(wide[:, ::2], workspace, Pattern.kAllReduce)
     with pytest.raises(ValueError, match="input: got dtype"):
-        comm.allreduce_fusion(torch.empty(2, 64, dtype=torch.float64), workspace, Pattern.kAllReduce)
+        comm.allreduce_fusion(torch.empty(2, 64, dtype=torch.float64, device=device), workspace, Pattern.kAllReduce)
     assert not workspace.is_buffer_size_sufficient(world_size + 1, 1, 64, FP16)
     assert not workspace.is_buffer_size_sufficient(world_size, 8, 64, FP32)
     assert workspace.is_buffer_size_sufficient(world_size, 4, 64, FP32)
@@ -390,17 +394,25 @@ def _everything(rank: int, world_size: int, device: torch.device, backend: str, 
     """All of the above in one process a rank: starting one takes longer."""
     collectives.CHOICE.auto = quantization.CHOICE.auto = backend
     ranks = (rank, world_size, device)
-    for part in (_plain, _without_residual, _codes_of_rows, _fp4, _codes_of_groups, _experts, _trtllm, _vllm):
-        part(ranks, seed)
-    for part in (_by_group, _functions, _refused):
-        part(ranks, seed)
-    if backend == "torch":
+    with poisoned():
+        for part in (_plain, _without_residual, _codes_of_rows, _fp4, _codes_of_groups, _experts, _trtllm, _vllm):
+            part(ranks, seed)
+        for part in (_by_group, _functions, _refused):
+            part(ranks, seed)
+    if backend == "torch" or device.type == "cuda":
         _compiled(ranks, seed)
 
 
 @pytest.mark.parametrize(("backend", "world_size"), [("torch", 2), ("torch", 3), ("triton", 2), ("triton", 3)])
 def test_fused_all_reduces(backend: str, world_size: int, rng: random.Random) -> None:
+    skip_interpreter(backend)
     run_ranks(_everything, world_size, backend, rng.randrange(1000))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_fused_all_reduces_on_gpus(backend: str, rng: random.Random) -> None:
+    run_ranks(_everything, two_gpus(), backend, rng.randrange(1000), device="cuda")
 
 
 def _disagreeing(rank: int, world_size: int, device: torch.device, backend: str, what: str) -> str:
@@ -426,7 +438,12 @@ def _disagreeing(rank: int, world_size: int, device: torch.device, backend: str,
 @pytest.mark.parametrize("what", ["dtype", "hidden", "pattern", "sizes"])
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_ranks_that_disagree(backend: str, what: str) -> None:
-    names = {"dtype": "dtype", "hidden": "hidden_size|num_bytes", "pattern": "what follows|num_bytes", "sizes": "max_token"}
+    names = {
+        "dtype": "dtype",
+        "hidden": "hidden_size|num_bytes",
+        "pattern": "what follows|num_bytes",
+        "sizes": "max_token",
+    }
     for rank, message in enumerate(run_ranks(_disagreeing, 2, backend, what)):
         assert any(name in message for name in names[what].split("|")), (rank, message)
         assert f"rank {1 - rank}" in message, message

@@ -15,10 +15,8 @@ import torch
 from flashinfer.core.peers import PeerError, Peers
 from flashinfer.ops import collectives
 from flashinfer.ops.collectives import Mix, Reduce, Workspace
-from tests.conftest import HAS_GPU
-from tests.ranks import outcomes, run_ranks
+from tests.ranks import outcomes, poisoned, run_ranks, skip_interpreter, two_gpus
 
-TWO_GPUS = HAS_GPU and torch.cuda.device_count() >= 2
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
 
 
@@ -188,18 +186,26 @@ FP8_CASES = [((1, 8), 8, FP32), ((7, 300), 128, FP16), ((3, 4096), 256, FP32), (
 def _everything(rank: int, world_size: int, device: torch.device, backend: str, seed: int) -> None:
     """All collectives in one process a rank: starting one takes longer."""
     ranks = (rank, world_size, device, backend, seed)
-    _reduce_cases(*ranks, _random_cases(seed, 8))
-    _norm_cases(*ranks, NORM_CASES)
-    _share_cases(*ranks, SHARE_CASES)
-    _mix_cases(*ranks, MIX_CASES)
-    _fp8_cases(*ranks, FP8_CASES)
+    with poisoned():
+        _reduce_cases(*ranks, _random_cases(seed, 8))
+        _norm_cases(*ranks, NORM_CASES)
+        _share_cases(*ranks, SHARE_CASES)
+        _mix_cases(*ranks, MIX_CASES)
+        _fp8_cases(*ranks, FP8_CASES)
 
 
 @pytest.mark.parametrize(
     ("backend", "world_size"), [("torch", 1), ("torch", 2), ("torch", 4), ("triton", 2), ("triton", 3)]
 )
 def test_collectives(backend: str, world_size: int, rng: random.Random) -> None:
+    skip_interpreter(backend)
     run_ranks(_everything, world_size, backend, rng.randrange(1000))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_collectives_on_gpus(backend: str, rng: random.Random) -> None:
+    run_ranks(_everything, two_gpus(), backend, rng.randrange(1000), device="cuda")
 
 
 def _other_shape(rank: int, world_size: int, device: torch.device, backend: str) -> str:
@@ -220,7 +226,16 @@ def _other_shape(rank: int, world_size: int, device: torch.device, backend: str)
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_ranks_with_other_shapes_are_named(backend: str) -> None:
-    first, second = run_ranks(_other_shape, 2, backend)
+    skip_interpreter(backend)
+    _check_named(*run_ranks(_other_shape, 2, backend))
+
+
+@pytest.mark.gpu
+def test_ranks_with_other_shapes_are_named_on_gpus() -> None:
+    _check_named(*run_ranks(_other_shape, two_gpus(), "triton", device="cuda"))
+
+
+def _check_named(first: str, second: str) -> None:
     assert "rank 1 made another call; number of elements: 128 here, 192 there" in first, first
     assert "rank 0 made another call; number of elements: 192 here, 128 there" in second, second
 
@@ -245,7 +260,17 @@ def _missing(rank: int, world_size: int, device: torch.device, backend: str) -> 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
 def test_a_rank_that_died_is_named_in_time(backend: str) -> None:
-    (message, seconds), dead = outcomes(_missing, 2, backend)
+    skip_interpreter(backend)
+    _check_dead(*outcomes(_missing, 2, backend))
+
+
+@pytest.mark.gpu
+def test_a_rank_that_died_is_named_in_time_on_gpus() -> None:
+    _check_dead(*outcomes(_missing, two_gpus(), "triton", device="cuda"))
+
+
+def _check_dead(survivor: Any, dead: Any) -> None:
+    message, seconds = survivor
     assert "exit code 5" in str(dead)
     assert "rank 1" in message and seconds < 30, (message, seconds)
 
@@ -266,4 +291,5 @@ def _rounds(rank: int, world_size: int, device: torch.device) -> int:
 
 
 def test_workspaces_leave_nothing() -> None:
+    skip_interpreter("triton")
     assert run_ranks(_rounds, 2) == [0, 0]

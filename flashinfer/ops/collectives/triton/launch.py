@@ -55,7 +55,7 @@ def greeting_of(room: Room, word: Word) -> Greeting:
     return Greeting(room.greetings, room.greetings[room.peers.rank], room.greeted, word.packed)
 
 
-def reduce_config(spec: CollectiveSpec, arch: Arch, cut: bool) -> ReduceConfig:
+def reduce_config(spec: CollectiveSpec, arch: Arch, cut: bool, mixed: bool = False) -> ReduceConfig:
     """The compiled form of an all-reduce."""
     return ReduceConfig(
         world_size=spec.world_size,
@@ -63,6 +63,7 @@ def reduce_config(spec: CollectiveSpec, arch: Arch, cut: bool) -> ReduceConfig:
         block=triton.next_power_of_2(spec.cols),
         cut=cut,
         two_shot=spec.two_shot,
+        mixed=mixed,
         weight_bias=spec.weight_bias or 0.0,
         mantissa_bits=FP8_MANTISSA_BITS.get(spec.quantised, 0) if spec.quantised else 0,
         native_fp8=arch.converts_to_fp8,
@@ -94,13 +95,13 @@ def _rows_of(tensors: Reduce, begin: int, end: int, cols: int) -> Reduce:
 
 
 def _bind_reduce(spec: CollectiveSpec, arch: Arch) -> Callable[[Reduce, Mix | None, Workspace, float], None]:
-    forms = [reduce_config(spec, arch, cut) for cut in (False, True)]
+    forms = [[reduce_config(spec, arch, cut, mixed) for cut in (False, True)] for mixed in (False, True)]
     num_warps = warps_of(spec)
 
     def launch(tensors: Reduce, mix: Mix | None, room: Room, eps: float, first_row: int, num_elements: int) -> None:
         input, *others = tensors
         num_rows = triton.cdiv(num_elements, spec.cols)
-        cfg = forms[num_elements < num_rows * spec.cols]
+        cfg = forms[mix is not None][num_elements < num_rows * spec.cols]
         greeting = greeting_of(room, word_of(spec, num_elements))
         box, outputs = mailbox_of(room, spec.two_shot), Reduced(*others)
         mixed, sizes = None, (0, 0)

@@ -21,7 +21,8 @@ class ReduceConfig:
     """What a compiled form depends on.
 
     cols: elements of a row, block: rounded up to 2^n. cut: whether the last row may end early. two_shot: each row is
-    added up by one rank, which sends the sum, instead of by all. weight_bias: added to the norm's weight.
+    added up by one rank, which sends the sum, instead of by all. mixed: whether each of this rank's rows is a
+    sum of others. weight_bias: added to the norm's weight.
     mantissa_bits: of the fp8 result, 0 if it is none.
     """
 
@@ -30,6 +31,7 @@ class ReduceConfig:
     block: int
     cut: bool
     two_shot: bool
+    mixed: bool
     weight_bias: float
     mantissa_bits: int
     native_fp8: bool
@@ -174,7 +176,7 @@ def reduce_kernel(
     """Grid: one program that greets, then at most one a row.
 
     input: `num_rows` rows of `cfg.cols`, with `cfg.cut` `num_elements` in all. tensors: Reduced. mixed: Mixed, of
-    `num_tokens` rows that are sums of `num_parts` rows of input; None: input's rows themselves.
+    `num_tokens` rows that are sums of `num_parts` rows of input; None without `cfg.mixed`.
     """
     program, num_programs = tl.program_id(0) - 1, tl.num_programs(0) - 1
     if program < 0:
@@ -190,7 +192,7 @@ def reduce_kernel(
             mask = cols < cfg.cols
             if cfg.cut:
                 mask &= offs < num_elements
-            if mixed is not None:
+            if cfg.mixed:
                 x = sendable(_mix(input, mixed, first_row + row, num_tokens, num_parts, cols, mask, cfg))
             else:
                 x = sendable(tl.load(input + offs, mask=mask, other=0.0))
