@@ -18,11 +18,14 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 import flashinfer
+from flashinfer import comm
 
 if TYPE_CHECKING:
     from model import LlamaConfig
 
 ROWS = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "gate_proj.weight", "up_proj.weight")
+# Tokens that the memory of the sums is made for, at least.
+MIN_TOKENS = 2048
 COLUMNS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
 
 
@@ -31,12 +34,32 @@ class Ranks:
 
     def __init__(self, size: int = 1, rank: int = 0) -> None:
         self.size, self.rank = size, rank
+        self._workspace: comm.AllReduceFusionWorkspace | None = None
 
     def add_norm(self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> None:
         """In place: residual += the sum of x over the ranks, then x = the norm of residual."""
-        if self.size > 1:
-            dist.all_reduce(x)
-        flashinfer.fused_add_rmsnorm(x, residual, weight, eps)
+        if self.size == 1:
+            flashinfer.fused_add_rmsnorm(x, residual, weight, eps)
+            return
+        norm = {"residual_in": residual, "rms_gamma": weight, "rms_eps": eps, "residual_out": residual, "norm_out": x}
+        comm.allreduce_fusion(x, self._workspace_for(x), comm.AllReduceFusionPattern.kARResidualRMSNorm, **norm)
+
+    def _workspace_for(self, x: torch.Tensor) -> comm.AllReduceFusionWorkspace:
+        """The memory of the sums; all ranks come with equal shapes, so they make a larger one at the same time."""
+        num_tokens, hidden_size = x.shape
+        held = self._workspace
+        if held is None or not held.is_buffer_size_sufficient(self.size, num_tokens, hidden_size, x.dtype):
+            self.close()
+            sizes = {"max_token_num": max(num_tokens, MIN_TOKENS), "hidden_dim": hidden_size, "dtype": x.dtype}
+            held = comm.create_allreduce_fusion_workspace("auto", self.size, self.rank, **sizes)
+            self._workspace = held
+        return held
+
+    def close(self) -> None:
+        """Free what the ranks hold together."""
+        if self._workspace is not None:
+            self._workspace.destroy()
+            self._workspace = None
 
     def agreed(self, tokens: torch.Tensor) -> torch.Tensor:
         """The tokens that rank 0 chose: whatever rounding does, all ranks go on with the same ones."""
@@ -91,7 +114,9 @@ def _on_rank(
         torch.cuda.set_device(device)
     store = dist.FileStore(f"{folder}/store", size)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size)
-    status = function(Ranks(size, rank), device, *args)
+    ranks = Ranks(size, rank)
+    status = function(ranks, device, *args)
     dist.barrier()
+    ranks.close()
     dist.destroy_process_group()
     sys.exit(status)

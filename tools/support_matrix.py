@@ -14,9 +14,23 @@ import torch
 
 from flashinfer.core.arch import CPU, SMEM_BYTES, Arch
 from flashinfer.core.select import Impl
-from flashinfer.ops import activation, attention, gemm, merge, moe, norm, page, quantization, rope, routing, sampling
+from flashinfer.ops import (
+    activation,
+    attention,
+    collectives,
+    gemm,
+    merge,
+    moe,
+    norm,
+    page,
+    quantization,
+    rope,
+    routing,
+    sampling,
+)
 from flashinfer.ops.activation import GatedSpec
 from flashinfer.ops.attention.spec import AttentionSpec
+from flashinfer.ops.collectives import CollectiveSpec
 from flashinfer.ops.gemm import Epilogue, Gemm, Rows, Weights
 from flashinfer.ops.moe import MoESpec
 from flashinfer.ops.norm import NormSpec
@@ -63,6 +77,21 @@ def moe_specs() -> Iterator[tuple[str, MoESpec]]:
         name = f"{kind}: {short(dtype)} rows, {short(weight_dtype)} weights"
         yield name, MoESpec(kind, *dtypes, 256, 8, 7168, 2048, "swiglu", True, (False,) * 6, (1, 1))
     yield "more than 1024 experts a rank", MoESpec(kind, *dtypes, 1025, 8, 7168, 2048, "swiglu", True, (), (1, 1))
+
+
+def collective_specs() -> Iterator[tuple[str, CollectiveSpec]]:
+    """Sums over ranks, alone and with a norm, sums sent as fp8, and exchanges."""
+    bf16 = torch.bfloat16
+    yield "all-reduce, all-gather, reduce-scatter of any shape", CollectiveSpec("all_reduce", bf16, 4096, 2)
+    for size, width in (("up to 16384", 16384), ("above", 16385)):
+        name = f"all-reduce with RMSNorm, fp8 and fp4 codes or sums over experts, hidden_size {size}"
+        yield name, CollectiveSpec("all_reduce", bf16, width, 2, False, True, 0.0)
+    for group_size in (256, 96):
+        spec = CollectiveSpec("all_reduce_fp8", bf16, 4096, 2, True, group_size=group_size)
+        yield f"all-reduce sent as fp8, groups of {group_size}", spec
+    yield "more than 16 ranks", CollectiveSpec("all_reduce", bf16, 4096, 17)
+    far = "rank 1 is on another host than rank 0"
+    yield "ranks that do not reach each other's memory", CollectiveSpec("all_reduce", bf16, 4096, 2, unreachable=far)
 
 
 def gemm_specs() -> Iterator[tuple[str, object]]:
@@ -151,6 +180,7 @@ def document() -> str:
         *table("Norms", norm.IMPLS, norms),
         *table("Gated activations", activation.IMPLS, gated),
         *table("Grouped products", gemm.IMPLS, gemm_specs()),
+        *table("Collectives of ranks", collectives.IMPLS, collective_specs()),
         *table("Sampling, filters, speculation, top_k", sampling.IMPLS, rows),
     ]
     return "\n".join(parts) + "\n"

@@ -32,6 +32,7 @@ def _tokens(rank: int, world_size: int, device: torch.device) -> dict[str, list[
         requests = [engine.submit(prompt, NUM_NEW) for prompt in make_prompts(seed, lengths)]
         drain(engine)
         said[name] = [request.output for request in requests]
+        ranks.close()
     return said
 
 

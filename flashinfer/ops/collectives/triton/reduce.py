@@ -69,7 +69,7 @@ def _mix(input, mixed, row, num_tokens, num_parts, cols, mask, cfg: tl.constexpr
     """Row `row` of what this rank sends: a sum over rows of `input`, in fp32, rounded to input's dtype."""
     total = tl.zeros(cols.shape, tl.float32)
     row = tl.cast(row, tl.int64)
-    for part in tl.range(0, num_parts, loop_unroll_factor=4):
+    for part in tl.range(0, num_parts, loop_unroll_factor=2):
         factor, inside = 1.0, mask
         if mixed.table is not None:
             place = row * num_parts + part
