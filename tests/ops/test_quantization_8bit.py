@@ -9,6 +9,7 @@ import torch
 
 from flashinfer import quantization
 from flashinfer.concat_ops import concat_mla_k
+from flashinfer.ops import quantization as ops
 from flashinfer.quantization import SfLayout
 from tests.ops.common import IMPLEMENTATIONS, force
 from tests.ops.fp8_codes import FP8, nearest, same
@@ -180,6 +181,32 @@ def test_fp4(layout: SfLayout, group_size: int, ue8m0: bool, num_rows: int, widt
     if layout == SfLayout.layout_128x4:
         linear = fp4_linear(scales, num_rows, width // group_size)
         assert torch.equal(quantization.block_scale_interleave(linear), scales)
+
+
+@pytest.mark.parametrize("layout", SfLayout)
+@pytest.mark.parametrize("global_scale", [None, 3.5, -0.75])
+@pytest.mark.parametrize(("num_rows", "width"), [(0, 16), (1, 16), (5, 96), (130, 80)])
+def test_quantise_fp4(layout: SfLayout, global_scale: float | None, num_rows: int, width: int, device: str) -> None:
+    """Scales to the last bit, codes nearest to the numbers over their scale, what lies between scales untouched."""
+    x = torch.randn(num_rows, width, dtype=torch.float16, device=device) * 10
+    x[:1, :16] = 0.0
+    factor = None if global_scale is None else torch.tensor([global_scale], device=device)
+    codes = torch.full((num_rows, width // 2), 0xA5, dtype=torch.uint8, device=device)
+    scales = torch.full((ops.scales_needed(num_rows, width // 16, layout),), 0xA5, dtype=torch.uint8, device=device)
+    ops.quantize_fp4(codes, scales, x, factor, int(layout))
+    blocks = x.float().unflatten(-1, (-1, 16))
+    by = 1.0 if global_scale is None else global_scale
+    wanted = (by * (blocks.abs().amax(-1) / 6)).to(FP8[0])
+    got = ops.linear_scales(scales, num_rows, width // 16, layout)
+    assert torch.equal(got, wanted.view(torch.uint8))
+    assert (scales == 0xA5).sum() >= scales.numel() - wanted.numel()
+    values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], device=device)
+    values = torch.cat([values, -values]).double()
+    mine = torch.stack([codes & 15, codes >> 4], -1).view(blocks.shape).long()
+    divisor = (wanted.double() / by)[..., None]
+    exact = torch.where(divisor == 0, 0.0, blocks.double() / divisor)
+    least = (exact[..., None] - values).abs().amin(-1)
+    assert ((exact - values[mine]).abs() <= least + 1e-5).all()
 
 
 def fp4_linear(swizzled: torch.Tensor, num_rows: int, num_columns: int) -> torch.Tensor:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -15,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench import clock, plot, registry, report, run
+from bench import comm as comm_bench
 from bench.record import COPY, Call, Row
 from bench.registry import ROWS
 from bench.rows import attention, elementwise
@@ -409,3 +412,22 @@ def test_gpu_test_judges_pytest_honestly(tmp_path: Path, body: str, problem: str
 def test_gpu_scripts_refuse_to_run_without_a_gpu() -> None:
     assert gpu_test.main([]) == 2
     assert gpu_bench.main([]) == 2
+
+
+def test_collectives_run_on_the_cpu(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "comm.json"
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bench.comm", "--device=cpu", "--quick", f"--out={path}"]
+    environment = {**os.environ, **hidden}
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    names = [row["name"] for row in rows]
+    fused = "all_reduce + add + RMSNorm, 1 x 256"
+    assert names == ["all_reduce", fused, "all_gather", "reduce_scatter", "all_reduce_fp8"]
+    assert all(row["eager"]["us"] > 0 for row in rows)
+
+
+def test_collectives_without_rows_or_with_errors() -> None:
+    assert comm_bench.main(["--device=cpu", "--rows=nothing"]) == 2
+    assert comm_bench.table([{"name": "all_reduce", "error": "off by one"}]).endswith("all_reduce: off by one")
