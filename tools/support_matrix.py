@@ -16,6 +16,7 @@ from flashinfer.core.arch import CPU, SMEM_BYTES, Arch
 from flashinfer.core.select import Impl
 from flashinfer.ops import (
     activation,
+    alltoall,
     attention,
     collectives,
     gemm,
@@ -29,6 +30,7 @@ from flashinfer.ops import (
     sampling,
 )
 from flashinfer.ops.activation import GatedSpec
+from flashinfer.ops.alltoall import CombineSpec, DispatchSpec, Row
 from flashinfer.ops.attention.spec import AttentionSpec
 from flashinfer.ops.collectives import CollectiveSpec
 from flashinfer.ops.gemm import Epilogue, Gemm, Rows, Weights
@@ -92,6 +94,19 @@ def collective_specs() -> Iterator[tuple[str, CollectiveSpec]]:
     yield "more than 16 ranks", CollectiveSpec("all_reduce", bf16, 4096, 17)
     far = "rank 1 is on another host than rank 0"
     yield "ranks that do not reach each other's memory", CollectiveSpec("all_reduce", bf16, 4096, 2, unreachable=far)
+
+
+def alltoall_specs() -> Iterator[tuple[str, object]]:
+    """Dispatches and combines within the kernels' bounds, and beyond each of them."""
+    bf16, rows = torch.bfloat16, (Row(3584, 4),)
+    yield "dispatch, rows of any dtypes up to 128 KiB", DispatchSpec(8, 256, 8, rows)
+    for dtype in FLOATS:
+        yield f"combine, {short(dtype)}, hidden_size up to 16384", CombineSpec(8, 7168, dtype, dtype)
+    yield "dispatch, longer rows", DispatchSpec(8, 256, 8, (Row(32769, 4),))
+    yield "dispatch, top_k above 64", DispatchSpec(8, 256, 65, rows)
+    yield "combine, longer rows", CombineSpec(8, 16385, bf16, bf16)
+    yield "more than 16 ranks", DispatchSpec(17, 272, 8, rows)
+    yield "GPUs that do not reach each other's memory", DispatchSpec(8, 256, 8, rows, -1, "rank 1 is on another host")
 
 
 def gemm_specs() -> Iterator[tuple[str, object]]:
@@ -177,6 +192,7 @@ def document() -> str:
             "Routing to experts", routing.IMPLS, [("every method", RoutingSpec(256, 8, num_groups=8, topk_groups=4))]
         ),
         *table("Mixture of experts", moe.IMPLS, moe_specs()),
+        *table("All-to-all of expert parallelism", alltoall.IMPLS, alltoall_specs()),
         *table("Norms", norm.IMPLS, norms),
         *table("Gated activations", activation.IMPLS, gated),
         *table("Grouped products", gemm.IMPLS, gemm_specs()),

@@ -11,6 +11,7 @@ from flashinfer.comm.allreduce import (
     allreduce_fusion,
     create_allreduce_fusion_workspace,
 )
+from flashinfer.comm.alltoall import combine, dispatch, expert_parallel_moe, make_room
 from flashinfer.comm.collectives import (
     CommWorkspace,
     all_gather,
@@ -36,6 +37,16 @@ from flashinfer.comm.dlpack_utils import (
     pack_strided_memory,
 )
 from flashinfer.comm.mapping import Mapping
+from flashinfer.comm.moe_alltoall import (
+    MoeAlltoAll,
+    moe_a2a_active_rank_mask,
+    moe_a2a_combine,
+    moe_a2a_dispatch,
+    moe_a2a_get_workspace_size_per_rank,
+    moe_a2a_initialize,
+    moe_a2a_sanitize_expert_ids,
+    moe_a2a_wrap_payload_tensor_in_workspace,
+)
 from flashinfer.comm.patterns import (
     AllReduceFusionOp,
     AllReduceFusionPattern,
@@ -107,6 +118,7 @@ __all__ = [
     "CudaRTLibrary",
     "MNNVLAllReduceFusionWorkspace",
     "Mapping",
+    "MoeAlltoAll",
     "QuantizationSFLayout",
     "RingPlan",
     "TRTLLMAllReduceFusionWorkspace",
@@ -120,6 +132,7 @@ __all__ = [
     "all_reduce",
     "all_reduce_fp8",
     "allreduce_fusion",
+    "combine",
     "compute_fp4_swizzled_layout_sf_size",
     "create_allreduce_fusion_workspace",
     "create_shared_buffer",
@@ -130,11 +143,21 @@ __all__ = [
     "decode_cp_a2a_lse_reduce_create_workspace",
     "decode_cp_a2a_lse_reduce_workspace_size",
     "decode_cp_a2a_workspace_size",
+    "dispatch",
     "dispose_ulysses_a2a",
+    "expert_parallel_moe",
     "free_shared_buffer",
     "init_ulysses_a2a",
+    "make_room",
     "merge_over_ranks",
     "merge_ulysses_output_head_chunk",
+    "moe_a2a_active_rank_mask",
+    "moe_a2a_combine",
+    "moe_a2a_dispatch",
+    "moe_a2a_get_workspace_size_per_rank",
+    "moe_a2a_initialize",
+    "moe_a2a_sanitize_expert_ids",
+    "moe_a2a_wrap_payload_tensor_in_workspace",
     "pack_strided_memory",
     "pack_ulysses_qkv_head_chunk",
     "plan_ring",

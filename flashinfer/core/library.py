@@ -20,7 +20,8 @@ implementation, caches, launches) belongs into the function that is registered: 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -30,6 +31,8 @@ DEVICES = ("CPU", "CUDA")
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 Op = Callable[..., None]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _fake(*arguments: Any) -> None:
@@ -54,3 +57,19 @@ def register(schema: str) -> Callable[[Op], Op]:
         return op
 
     return decorate
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, which `torch.compile` calls as it is, between two graphs: what keeps count of its calls is no op.
+
+    torch.compiler.disable as a decorator would import the compiler with the package.
+    """
+
+    @wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.compiler.is_compiling():
+            outside: Callable[P, R] = torch.compiler.disable(function)
+            return outside(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call

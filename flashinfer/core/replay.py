@@ -206,8 +206,13 @@ def _layouts(tensors: Sequence[torch.Tensor]) -> Fits:
     if len(unique) == len(tensors):
         return same
 
+    pick, again = _picker(unique), [(i, j) for i, j in enumerate(firsts) if i != j]
+
     def fits(*others: torch.Tensor) -> bool:
-        return all(others[j] is x for j, x in zip(firsts, others, strict=True)) and same(*(others[i] for i in unique))
+        for i, j in again:
+            if others[i] is not others[j]:
+                return False
+        return same(*pick(others))
 
     return fits
 
@@ -304,7 +309,7 @@ class Template:
         self._offsets: list[tuple[int, int]] = []
         self._constants: list[Any] = []
         self._maps: list[tuple[Callable[[int], Any], tuple[str, int]]] = []
-        self._tuples: list[Callable[[list[Any]], Any]] = []
+        self._tuples: list[Callable[[Any], Any]] = []
         self.shared: list[Relation] = []
         # Places are those of the pool that `fill` builds: addresses, addresses with offsets, constants, descriptors,
         # tuples.
@@ -315,7 +320,7 @@ class Template:
         begin = {kind: sum(sizes[:i]) for i, kind in enumerate(kinds)}
         self._describe = [(describe, begin[kind] + i) for describe, (kind, i) in self._maps]
         for places in self._places:
-            self._tuples.append(itemgetter(*(begin[kind] + i for kind, i in places)))
+            self._tuples.append(_picker([begin[kind] + i for kind, i in places]))
 
     def _visit(self, x: Any) -> tuple[str, int]:
         if isinstance(x, torch.Tensor):
@@ -326,8 +331,6 @@ class Template:
             self._maps.append((_describer(x), self._tensor(x.base)))
             return "map", len(self._maps) - 1
         if _holds_tensor(x):
-            if len(x) < 2:
-                raise LookupError("a tuple of one")
             places = [self._visit(part) for part in x]
             self._places.append(places)
             return "tuple", len(self._places) - 1

@@ -69,3 +69,18 @@ def test_schemas_with_results_are_refused() -> None:
 def test_import_needs_no_triton() -> None:
     code = "import sys; sys.modules['triton'] = None; import flashinfer; flashinfer.rmsnorm"
     assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+def test_what_is_untraced_is_called_each_time_between_two_graphs() -> None:
+    calls = []
+
+    @library.untraced
+    def count(x: torch.Tensor) -> torch.Tensor:
+        assert not torch.compiler.is_compiling()
+        calls.append(x)
+        return x + len(calls)
+
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x: count(x * 2) * 3, backend="eager")
+    assert [compiled(torch.ones(2)).tolist() for _ in range(3)] == [[9.0, 9.0], [12.0, 12.0], [15.0, 15.0]]
+    assert len(calls) == 3 and count(torch.ones(1)).tolist() == [5.0]
