@@ -109,3 +109,21 @@ def check_outputs(p: Problem, outs: dict[str, torch.Tensor], codes: torch.Tensor
     within("residual_out", outs["residual_out"], p.sum, p.sum_bound, case)
     within("norm_out", outs["norm_out"], p.normed, p.norm_bound, case)
     fp8_within("quant_out", codes, p.scale, p, case)
+
+
+def fp8_bound(inputs: list[torch.Tensor], group_size: int) -> torch.Tensor:
+    """Of each element of an all-reduce sent in fp8, the largest error: half a last place of each part and of the sum.
+
+    A number is off by 2^-4 of itself at most, or below the smallest normal number by half the smallest code, 2^-10.
+    """
+
+    def off(x: torch.Tensor, about: torch.Tensor) -> torch.Tensor:
+        groups = torch.nn.functional.pad((x.abs() + about).flatten(), (0, -x.numel() % group_size))
+        scale = groups.view(-1, group_size).amax(1).clamp(min=2.0**-100) / 448
+        least = scale.repeat_interleave(group_size)[: x.numel()].view(x.shape) * 2.0**-10
+        return torch.maximum((x.abs() + about) * 2.0**-4, least)
+
+    none = torch.zeros_like(inputs[0], dtype=torch.float64)
+    parts = sum((off(x.double(), none) for x in inputs), none)
+    total = sum((x.double() for x in inputs), none)
+    return (parts + off(total, parts)) * (1 + 2**-10) + total.abs() * 2.0**-8

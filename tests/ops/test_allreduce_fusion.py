@@ -17,7 +17,17 @@ from flashinfer.comm.comm_backend import TorchDistBackend
 from flashinfer.core.peers import PeerError
 from flashinfer.ops import collectives, quantization
 from flashinfer.ops.quantization import scales_needed
-from tests.ops.allreduce_checks import EPS, FP8, check_all_outputs, fp8_within, fuse, outputs, problem, within
+from tests.ops.allreduce_checks import (
+    EPS,
+    FP8,
+    check_all_outputs,
+    fp8_bound,
+    fp8_within,
+    fuse,
+    outputs,
+    problem,
+    within,
+)
 from tests.ranks import poisoned, run_ranks, skip_interpreter, two_gpus
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -267,8 +277,7 @@ def _by_group(ranks: Ranks, seed: int) -> None:
     rank, world_size, device = ranks
     p = problem((16, 256), FP16, world_size, seed, device)
     got = comm.quantized_all_reduce(p.inputs[rank], dist.group.WORLD, scale_group=128)
-    size = sum(x.double().abs() for x in p.inputs)
-    within("fp8", got, p.total, 2.0**-3 * size + p.total_bound, rank)  # the exact bound: test_collectives.py
+    within("fp8", got, p.total, fp8_bound(p.inputs, 128), rank)
     w = torch.randn(256, 24, generator=torch.Generator().manual_seed(seed)).to(device, FP16)
     expected = torch.cat(p.inputs).float() @ w.float()
     launch = comm.prepare_all_gather_matmul(p.inputs[rank], w, dist.group.WORLD)

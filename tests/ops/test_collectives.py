@@ -15,6 +15,8 @@ import torch
 from flashinfer.core.peers import PeerError, Peers
 from flashinfer.ops import collectives
 from flashinfer.ops.collectives import Mix, Reduce, Workspace
+from flashinfer.ops.collectives.reference import rounded_to_fp8
+from tests.ops.allreduce_checks import fp8_bound
 from tests.ranks import outcomes, poisoned, run_ranks, skip_interpreter, two_gpus
 
 FP16, BF16, FP32 = torch.float16, torch.bfloat16, torch.float32
@@ -47,9 +49,11 @@ def _reduce_cases(rank: int, world_size: int, device: torch.device, backend: str
 
 
 def _random_cases(seed: int, count: int) -> list[Any]:
+    """Some of many shapes, then one so often that all turns of its mailboxes come again."""
     rng = random.Random(seed)
+    often = [(2, 300, FP16, i % 2 == 0) for i in range(10)]
     shapes = [(1, 1), (1, 8), (3, 5), (2, 4096), (7, 1000), (1, 8192), (5, 4099), (16, 2048)]
-    return [(*rng.choice(shapes), rng.choice((FP16, FP32)), rng.choice((True, False))) for _ in range(count)]
+    return [(*rng.choice(shapes), rng.choice((FP16, FP32)), rng.choice((True, False))) for _ in range(count)] + often
 
 
 def _norm_cases(rank: int, world_size: int, device: torch.device, backend: str, seed: int, cases: list[Any]) -> None:
@@ -76,6 +80,24 @@ def _norm_cases(rank: int, world_size: int, device: torch.device, backend: str, 
         torch.testing.assert_close(empty[2].cpu().double(), exact, **{**tolerance, "atol": 4e-3})
         if codes is not None:
             torch.testing.assert_close(codes.cpu().double(), exact / scale.double(), rtol=2**-3, atol=2**-6)
+    workspace.check()
+    workspace.close()
+    _many_rows(rank, world_size, device, backend, seed)
+
+
+def _many_rows(rank: int, world_size: int, device: torch.device, backend: str, seed: int) -> None:
+    """Codes with a scale for each row, of more rows than go through the mailboxes at once."""
+    workspace = Workspace(Peers(None, device), 1 << 12)
+    inputs = _inputs((20, 128), FP32, world_size, seed)
+    codes, scales = torch.empty(20, 128, dtype=torch.float8_e4m3fn, device=device), torch.empty(20, device=device)
+    weight = torch.linspace(0.5, 2.0, 128, device=device)
+    tensors = Reduce(inputs[rank].to(device), weight=weight, quantised=codes, scales=scales)
+    collectives.reduce(tensors, workspace, 1e-6, backend=backend)
+    exact = sum(x.double() for x in inputs)
+    exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-6) * weight.cpu().double()
+    torch.testing.assert_close(scales.cpu().double(), exact.abs().amax(-1) / 448, rtol=1e-4, atol=0)
+    got = codes.cpu().double() * scales.cpu().double()[:, None]
+    torch.testing.assert_close(got, exact, rtol=2.0**-4 + 1e-3, atol=1e-4)
     workspace.check()
     workspace.close()
 
@@ -146,24 +168,6 @@ MIX_CASES = [
 ]
 
 
-def fp8_bound(inputs: list[torch.Tensor], group_size: int) -> torch.Tensor:
-    """Of each element of an all-reduce sent in fp8, the largest error: half a last place of each part and of the sum.
-
-    A number is off by 2^-4 of itself at most, or below the smallest normal number by half the smallest code, 2^-10.
-    """
-
-    def off(x: torch.Tensor, about: torch.Tensor) -> torch.Tensor:
-        groups = torch.nn.functional.pad((x.abs() + about).flatten(), (0, -x.numel() % group_size))
-        scale = groups.view(-1, group_size).amax(1).clamp(min=2.0**-100) / 448
-        least = scale.repeat_interleave(group_size)[: x.numel()].view(x.shape) * 2.0**-10
-        return torch.maximum((x.abs() + about) * 2.0**-4, least)
-
-    none = torch.zeros(inputs[0].shape, dtype=torch.float64)
-    parts = sum((off(x.double(), none) for x in inputs), none)
-    total = sum((x.double() for x in inputs), none)
-    return (parts + off(total, parts)) * (1 + 2**-10) + total.abs() * 2.0**-8
-
-
 def _fp8_cases(rank: int, world_size: int, device: torch.device, backend: str, seed: int, cases: list[Any]) -> None:
     workspace = Workspace(Peers(None, device), 1 << 14)
     for i, (shape, group_size, dtype) in enumerate(cases):
@@ -174,6 +178,9 @@ def _fp8_cases(rank: int, world_size: int, device: torch.device, backend: str, s
         over = error - fp8_bound(inputs, group_size)
         assert over.max() <= 0, (cases[i], rank, over.max())
         assert error.max() > 0 or out.numel() < 10  # it was rounded
+        # The very numbers, but for those whose quotient lies between two codes.
+        expected = rounded_to_fp8(sum(rounded_to_fp8(x.float(), group_size) for x in inputs), group_size).to(dtype)
+        assert (out.cpu() != expected).float().mean() <= 0.02, (cases[i], rank)
         everyone = workspace.peers.gather("bits", out.float().sum().item())
         assert len(set(everyone)) == 1  # all ranks have the same
     workspace.check()
