@@ -8,7 +8,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,9 @@ import torch.distributed as dist
 from flashinfer.core import check
 from flashinfer.core.arch import identity_of
 
+# Torch 2.13 calls them so; 2.11 knows the older names alone.
+gather_into: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+scatter_sums: Callable[..., Any] = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 # Seconds that a rank is waited for before it counts as missing.
 TIMEOUT = 30.0
 # A barrier between asking whether a rank has come and asking again.

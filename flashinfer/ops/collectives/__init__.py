@@ -11,7 +11,7 @@ import torch
 
 from flashinfer.core import check, library
 from flashinfer.core.select import Choice, Impl
-from flashinfer.ops.collectives.plan import FP8_COLS, ROW_BYTES, uses_two_shots
+from flashinfer.ops.collectives.plan import FP8_COLS, ROW_BYTES, SHARE_BYTES, uses_two_shots
 from flashinfer.ops.collectives.spec import DTYPES, CollectiveSpec, Mix, Reduce
 from flashinfer.ops.collectives.support import torch_supports, triton_supports
 from flashinfer.ops.collectives.workspace import Workspace, workspace_of
@@ -77,11 +77,14 @@ def reduce_in_fp8(
 
 
 def share(kind: str, out: torch.Tensor, input: torch.Tensor, workspace: Workspace, backend: str = "auto") -> None:
-    """All-gather or reduce-scatter over the first dimension."""
+    """All-gather or reduce-scatter over the first dimension; "auto" leaves large parts to torch.distributed."""
     _check_device(input, workspace)
     if input.numel() == 0:
         return
     cols, world_size = ROW_BYTES // input.element_size(), workspace.peers.world_size
+    part = min(out.numel(), input.numel()) * input.element_size()
+    if backend == "auto" and part > SHARE_BYTES:
+        backend = "torch"
     spec = CollectiveSpec(kind, input.dtype, cols, world_size, unreachable=workspace.unreachable)
     CHOICE.call(spec, input.device, backend)(out, input, workspace)
 

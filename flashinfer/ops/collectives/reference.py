@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from flashinfer.core.arch import Arch
+from flashinfer.core.peers import gather_into, scatter_sums
 from flashinfer.ops.collectives.spec import CollectiveSpec, Mix, Reduce, word_of
 from flashinfer.ops.collectives.workspace import Workspace
 
@@ -118,7 +119,9 @@ def all_gather(spec: CollectiveSpec) -> Callable[[torch.Tensor, torch.Tensor, Wo
     @torch.no_grad()
     def run(out: torch.Tensor, input: torch.Tensor, workspace: Workspace) -> None:
         workspace.agree(word_of(spec, input.numel()))
-        out.copy_(torch.stack(_parts(input, workspace)).view(out.shape))
+        # As bytes, since not every backend knows every dtype.
+        received, mine = (x.view(-1).view(torch.uint8) for x in (out, input))
+        gather_into(received, mine, group=workspace.peers.group)
 
     return run
 
@@ -128,6 +131,9 @@ def reduce_scatter(spec: CollectiveSpec) -> Callable[[torch.Tensor, torch.Tensor
     def run(out: torch.Tensor, input: torch.Tensor, workspace: Workspace) -> None:
         workspace.agree(word_of(spec, out.numel()))
         rank, world_size = workspace.peers.rank, workspace.peers.world_size
+        if out.is_cuda:
+            scatter_sums(out.view(-1), input.view(-1), group=workspace.peers.group)
+            return
         out.copy_(_sum(input, workspace).view(world_size, *out.shape)[rank])
 
     return run

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 
+from flashinfer.core.peers import gather_into
+
 # Bytes that each part of a message is padded to, so that it can be viewed in its dtype.
 _ALIGNMENT = 16
-# torch 2.13 calls it so; 2.11 knows the older name alone.
-_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 Shapes = Sequence[tuple[Sequence[int], torch.dtype]]
 
 
@@ -46,7 +45,7 @@ def all_gather(parts: Sequence[torch.Tensor], group: dist.ProcessGroup | None) -
     for view, part in zip(_views(send, shapes), parts, strict=True):
         view[0].copy_(part)
     received = send.new_empty((dist.get_world_size(group), send.shape[1]))
-    _all_gather(received, send, group=group)
+    gather_into(received, send, group=group)
     return _views(received, shapes)
 
 
