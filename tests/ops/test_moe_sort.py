@@ -23,7 +23,7 @@ SIZES = (1, CHUNK - 1, CHUNK + 1, ALONE, ALONE + 1, 3 * CHUNK, 5 * CHUNK + 17)
 
 def sorted_pairs(ids: torch.Tensor, num_experts: int, first: int) -> launch.Sorted:
     spec = MoESpec(*[None] * len(MoESpec._fields))._replace(num_experts=num_experts, top_k=ids.shape[1])  # type: ignore[arg-type]
-    tensors = SimpleNamespace(routes=Routes(ids, torch.empty(0, device=DEVICE), first))
+    tensors = SimpleNamespace(x=ids, routes=Routes(ids, torch.empty(0, device=DEVICE), first))
     call = launch.Call(spec, arch_of(ids.device), tensors, Scratch(ids, None))  # type: ignore[arg-type]
     return launch.sort_pairs(call, order=True, tokens=True, rows=True)
 

@@ -187,7 +187,7 @@ def test_thousands_of_tokens(device: str) -> None:
 @pytest.mark.parametrize("shared", [0, 1])
 @pytest.mark.parametrize("top_k", [6, 1])
 def test_hash_topk(shared: int, top_k: int, device: str) -> None:
-    logits = torch.randn(21, 64, device=device) * 20  # softplus from exp(-60) to 60
+    logits = (torch.randn(21, 64, device=device) * 20).clamp(-60, 60)  # a smaller softplus is lost beside the least sum
     table = torch.rand(50, 64, device=device).argsort(-1)[:, :top_k].int().contiguous()
     tokens = torch.randint(50, (21,), device=device)
     weights, ids = hash_topk(logits, tokens, table, shared, 2.5)
