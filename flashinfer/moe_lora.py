@@ -205,6 +205,8 @@ def bgmv_moe_gemm2_lora_delta(
     check.tensor(name, sources, dtypes=check.POSITION_DTYPES, shape=(topk_ids.numel(),), like=like)
     weights_shape = tuple(topk_ids.shape)
     check.tensor("topk_weights", topk_weights, dtypes=(torch.float32,), shape=weights_shape, like=like)
+    if gemm1_activation_output.shape[0] == 0:  # every pair is nowhere
+        return torch.zeros(lora_ids.shape[0], hidden_size, dtype=out_dtype, device=topk_ids.device)
     # What is nowhere: zeros, of expert 0 and weight 0, since no host may wait to count the others.
     nowhere = sources < 0
     x = gemm1_activation_output[sources.clamp(min=0).long()].to(lora_dtype).masked_fill_(nowhere[:, None], 0)

@@ -321,6 +321,8 @@ def reduction(
             expected = f"{count * size}: {count} experts, {num_tokens} tokens, hidden_size {hidden_size}"
             fix = "Check moe_reduction_device_num_experts."
             raise ValueError(check.problem(f"moe_reduction_{name}", f"{x.numel()} elements", expected, fix))
+    if scales.dim() > 1:
+        check.tensor("moe_reduction_scale_input", scales, shape=(count, num_tokens))
     check.contiguous(moe_reduction_active_experts_token_input=rows, moe_reduction_scale_input=scales)
     mix = ops.Mix(num_tokens, count, None, scales.view(count, num_tokens), added)
     return rows.view(-1, hidden_size), mix

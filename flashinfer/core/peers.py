@@ -49,6 +49,8 @@ class Peers:
         self.device, self.timeout = device, timeout
         self.rank: int = dist.get_rank(self.group)
         self.world_size: int = dist.get_world_size(self.group)
+        # Whether tensors on GPUs go through NCCL; gloo knows few operations on them.
+        self.has_nccl = device.type == "cuda" and "nccl" in str(dist.get_backend(self.group))
         name = self.group.group_name
         # A key is used once: this object's number in its group, and the number of the word in this object.
         number = next(_numbers.setdefault(name, itertools.count()))

@@ -1,7 +1,8 @@
 """Launches that begin before the one they follow has ended (programmatic dependent launch).
 
 A kernel launched so must wait before it touches what the launch before it writes or reads. One that lets the next begin
-after its own wait gives it this: whatever was there before the two of them may be read without waiting.
+after its own wait gives it this: whatever was there before the two of them may be read without waiting. Not so after a
+kernel that lets the next begin before its own wait, as the Hopper products do: what follows those waits first.
 """
 
 from __future__ import annotations

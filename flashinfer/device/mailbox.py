@@ -23,7 +23,7 @@ class Mailbox(NamedTuple):
     """A region of the ranks' mailboxes, as a kernel sees it (`ops/collectives/workspace.py`).
 
     peers: the mailboxes of all ranks, own: this rank's; of one dtype. first: elements before the region, turn: elements
-    of one of its turns. uses: int32, how often each place of the region was used. broken: int32, not 0 once a rank was
+    of one of its turns. uses: int32, the turn that each place of the region is at. broken: int32, not 0 once a rank was
     missed. report: address of int32 `[8]` on the host (`workspace.Report`). limit: how often a mailbox is read in vain
     before its sender counts as missing.
     """
@@ -42,7 +42,7 @@ class Mailbox(NamedTuple):
 class Greeting(NamedTuple):
     """What each rank says it is about to do: int64 `[3, world_size]` on every rank, zeros where nothing was said.
 
-    peers, own: as in Mailbox. uses: int32, how often this rank greeted. word: this rank's, not 0.
+    peers, own: as in Mailbox. uses: int32, the turn this rank is at. word: this rank's, not 0.
     """
 
     peers: tuple[torch.Tensor, ...]
@@ -93,7 +93,7 @@ def turns(box, place):
 def used(box, place, use):
     """The place was used once more; every thread must have read `use` by now."""
     tl.debug_barrier()
-    tl.store(box.uses + place, use + 1)
+    tl.store(box.uses + place, (use + 1) % 3)
 
 
 @triton.jit
@@ -143,7 +143,7 @@ def greet(box, greeting, W: tl.constexpr):
                 complain(box, rank, -1, word, tl.cast(greeting.word, tl.int64))
             tl.store(greeting.own + before + rank, tl.zeros([], tl.int64))
     tl.debug_barrier()
-    tl.store(greeting.uses, use + 1)
+    tl.store(greeting.uses, (use + 1) % 3)
 
 
 @triton.jit

@@ -180,14 +180,22 @@ def test_rows_arrive_and_come_back(backends: list[str], world_size: int, device:
 
 
 def _alone(rank: int, world_size: int, device: torch.device) -> None:
-    """Only rank 0 takes part: what it would send to rank 1 is lost, and nothing waits for it."""
+    """Only rank 0 takes part: what it would send to rank 1 is lost, and nothing waits for it.
+
+    Nothing is left of the calls before either, in which ranks differ in how their rows lie.
+    """
     room = room_of(device, "triton", timeout=60.0)
+    ids = torch.tensor([[0, 5], [6, 7], [1, 2]], dtype=torch.int32, device=device)
+    x = torch.randn(3, 16 + rank, device=device).half()[:, :16]
+    for _ in range(2):
+        sent = comm.dispatch(room, ids, [x, ids], 8, 4, invalid_token_expert_id=-1, expert_id_payload_index=1)
+        assert sent.counts.tolist() == [2, 2]
+        comm.combine(room, sent, sent.received[0])
     if rank == 1:
         return
-    ids = torch.tensor([[0, 5], [6, 7], [1, 2]], dtype=torch.int32, device=device)
-    x = torch.randn(3, 16, device=device)
     sent = comm.dispatch(room, ids, [x, ids], 8, 4, invalid_token_expert_id=-1, expert_id_payload_index=1, active=1)
     assert sent.slots.tolist() == [[0, -1], [-1, -1], [1, -1]] and sent.counts.tolist() == [2, 0]
+    assert (sent.received[1][1] == -1).all()
     out = comm.combine(room, sent, sent.received[0])
     assert torch.equal(out, x * torch.tensor([[1.0], [0.0], [1.0]], device=device))
     with pytest.raises(ValueError, match="active"):

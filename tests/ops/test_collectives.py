@@ -287,8 +287,13 @@ def _rounds(rank: int, world_size: int, device: torch.device) -> int:
     for _ in range(5):
         workspace = Workspace(Peers(None, device), 1 << 14)
         x = torch.ones(4, 64)
-        collectives.reduce(Reduce(x, x), workspace, backend="triton")
-        assert (x == world_size).all()
+        for call in range(1, 6):
+            collectives.reduce(Reduce(x, x), workspace, backend="triton")
+            assert (x == world_size**call).all()
+        # Places keep their turn: a count of uses would pass 2^31 after some days.
+        room = workspace.room(torch.float32, 2048)
+        assert all((uses >= 0).all() and (uses < 3).all() for uses in (*room.uses, room.greeted))
+        del room
         workspace.close()
         with pytest.raises(RuntimeError, match="destroyed"):
             workspace.check()

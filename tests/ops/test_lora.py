@@ -157,6 +157,15 @@ def test_delta_of_the_result(backend: str, dtype: torch.dtype) -> None:
     assert_close_to_oracle(got, exact, single.to(dtype))
 
 
+def test_deltas_of_pairs_that_are_nowhere() -> None:
+    p = Problem(torch.float16, widths=(40,), pairs=TOKENS)
+    a, b, ids = p.table(p.a), p.table(p.b), p.experts.view(TOKENS, 1)
+    got = moe_lora.bgmv_moe_gemm2_lora_delta(
+        p.by_pair[:0], torch.full_like(ids.flatten(), -1), a, 1, b, 1, ids, p.weights[:, None], p.adapters, p.rank, 40
+    )
+    assert got.shape == (TOKENS, 40) and not got.any()
+
+
 def test_errors_of_deltas() -> None:
     p = Problem(torch.float16, widths=(24, 24), pairs=TOKENS)
     a, b, ids = p.table(p.a), p.table(p.b), p.experts.view(TOKENS, 1)

@@ -247,15 +247,17 @@ class Room:
             return
         if self.peers.device.type == "cuda":
             torch.cuda.synchronize(self.peers.device)
-        if not self.report.broken():
-            self.peers.gather("close", None)
         self.closed = True
-        self._release()
-        self._permanent.clear()
-        self._views.clear()
-        self._landings.clear()
-        del self.own, self.peers_memory, self.head
-        self.peers.close()
+        try:
+            if not self.report.broken():
+                self.peers.gather("close", None)
+        finally:
+            self._release()
+            self._permanent.clear()
+            self._views.clear()
+            self._landings.clear()
+            del self.own, self.peers_memory, self.head
+            self.peers.close()
 
 
 def room_of(number: int) -> Room:

@@ -77,13 +77,16 @@ def reduce_in_fp8(
 
 
 def share(kind: str, out: torch.Tensor, input: torch.Tensor, workspace: Workspace, backend: str = "auto") -> None:
-    """All-gather or reduce-scatter over the first dimension; "auto" leaves large parts to torch.distributed."""
+    """All-gather or reduce-scatter over the first dimension.
+
+    "auto" leaves large parts to NCCL, but gathers only: its sums have an order of their own.
+    """
     _check_device(input, workspace)
     if input.numel() == 0:
         return
     cols, world_size = ROW_BYTES // input.element_size(), workspace.peers.world_size
     part = min(out.numel(), input.numel()) * input.element_size()
-    if backend == "auto" and part > SHARE_BYTES:
+    if backend == "auto" and kind == "all_gather" and part > SHARE_BYTES and workspace.peers.has_nccl:
         backend = "torch"
     spec = CollectiveSpec(kind, input.dtype, cols, world_size, unreachable=workspace.unreachable)
     CHOICE.call(spec, input.device, backend)(out, input, workspace)

@@ -13,8 +13,8 @@ FP8_COLS = 4096
 ONE_SHOT_BYTES = 3 << 19
 # Most bytes of a tensor that go through the mailboxes at once; more goes in several launches.
 LAUNCH_BYTES = 16 << 20
-# Most bytes of a rank's part in an all-gather or a reduce-scatter by our kernels: at 4 MiB they had 1.1 to 1.8 times
-# NCCL's speed, at 16 MiB 0.8 to 1.0 (h200x2-comm-2026-11-22-29d4c07.json).
+# Most bytes of a rank's part in an all-gather by our kernel: at 4 MiB it had 1.3 to 1.8 times NCCL's speed, at 16 MiB
+# 0.8 to 1.0 (h200x2-comm-2026-11-22-29d4c07.json).
 SHARE_BYTES = 8 << 20
 
 

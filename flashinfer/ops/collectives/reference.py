@@ -131,7 +131,7 @@ def reduce_scatter(spec: CollectiveSpec) -> Callable[[torch.Tensor, torch.Tensor
     def run(out: torch.Tensor, input: torch.Tensor, workspace: Workspace) -> None:
         workspace.agree(word_of(spec, out.numel()))
         rank, world_size = workspace.peers.rank, workspace.peers.world_size
-        if out.is_cuda:
+        if out.is_cuda and workspace.peers.has_nccl:
             scatter_sums(out.view(-1), input.view(-1), group=workspace.peers.group)
             return
         out.copy_(_sum(input, workspace).view(world_size, *out.shape)[rank])

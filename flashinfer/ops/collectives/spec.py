@@ -70,7 +70,7 @@ class Mix(NamedTuple):
 
 
 # Bits of the fields of a Word, the lowest first.
-WIDTHS = (4, 3, 3, 15, 36)
+WIDTHS = (4, 3, 8, 15, 31)
 
 
 class Word(NamedTuple):
@@ -106,7 +106,7 @@ class Word(NamedTuple):
         shown = {
             "the call": lambda w: KINDS[w.kind] if w.kind < len(KINDS) else str(w.kind),
             "dtype": lambda w: str(DTYPES[w.dtype]) if w.dtype < len(DTYPES) else str(w.dtype),
-            "what follows the sum": lambda w: str(w.fused),
+            "two_shot, scale_group, or what follows the sum": lambda w: str(w.fused),
             "hidden_size": lambda w: str(w.cols),
             "number of elements": lambda w: str(w.num_elements),
         }
@@ -117,4 +117,5 @@ class Word(NamedTuple):
 def word_of(spec: CollectiveSpec, num_elements: int) -> Word:
     """What a rank says of a call over `num_elements`. How its rows are made is its own affair."""
     fused = 4 * (spec.quantised is not None) + 2 * (spec.weight_bias is not None) + spec.adds
+    fused += 8 * spec.two_shot + 16 * spec.group_size.bit_length()
     return Word(KINDS.index(spec.kind), DTYPES.index(spec.dtype), fused, spec.cols, num_elements)

@@ -164,13 +164,15 @@ class Workspace:
             return
         if self.peers.device.type == "cuda":
             torch.cuda.synchronize(self.peers.device)
-        if not self.report.broken():
-            self.peers.gather("close", None)
         self.closed = True
-        self._release()
-        self._permanent.clear()
-        self._rooms.clear()
-        self.peers.close()
+        try:
+            if not self.report.broken():
+                self.peers.gather("close", None)
+        finally:
+            self._release()
+            self._permanent.clear()
+            self._rooms.clear()
+            self.peers.close()
 
 
 def workspace_of(number: int) -> Workspace:

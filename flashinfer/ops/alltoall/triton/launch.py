@@ -54,7 +54,7 @@ def bind_dispatch(spec: DispatchSpec, arch: Arch) -> Callable[[Room, Call, Dispa
             tensors.experts,
             tuple(payloads),
             tensors.slots,
-            word_of(call, spec),
+            word_of(call, spec.num_experts, spec.top_k, spec.ids, *(row.num_bytes for row in spec.rows)),
             call.tokens_per_rank,
             tensors.experts.shape[0],
             room.half_begin(call.half) // ALIGNMENT,

@@ -180,7 +180,8 @@ def sums(x, w, at, at_scale, mask_r, x_row, mask_m, k_begin, k_end, cfg: tl.cons
     acc = tl.full(SHAPE, 0.0, tl.float32)
     at_x = x.data + x_row * x.stride
     if cfg.blocks:
-        factor = block_factors(x, w, at_scale, mask_r, x_row, mask_m, k_begin, cfg)
+        # The last parts of a split may have no columns.
+        factor = block_factors(x, w, at_scale, mask_r, x_row, mask_m, tl.minimum(k_begin, cfg.depth - 1), cfg)
     for k in tl.range(k_begin, k_end, cfg.block_k, num_stages=cfg.num_stages):
         offs_k = k + tl.arange(0, cfg.block_k)
         mask = mask_m[:, None]
