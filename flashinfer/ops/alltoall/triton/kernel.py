@@ -333,13 +333,15 @@ def dispatch_kernel(
             if cfg.ids >= 0:
                 fill_rows(ranks.peers[k], half_begin, tokens_per_rank, first_row, num_rows, invalid_id, cfg)
             tell(ranks, k, call, pick(before, other), pick(after, other), num_rows, cfg)
-        else:
+    meet(ranks, call, cfg)
+    for k in range(1, W):
+        other = (rank + k) % W
+        if (active >> other) & 1 == 0:
             # Nobody writes this rank's part of what is here: it must not be that of an earlier call.
             if cfg.ids >= 0:
                 fill_rows(ranks.peers[0], half_begin, tokens_per_rank, other * tokens_per_rank, 0, invalid_id, cfg)
             i = tl.arange(0, HEAD)
             tl.store(head(ranks.peers[0], call.place, other, tl.program_id(0), W) + i, tl.zeros([HEAD], tl.int32))
-    meet(ranks, call, cfg)
 
 
 @triton.jit
