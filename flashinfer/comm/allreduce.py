@@ -340,9 +340,7 @@ def finalisation(
     assert table is not None
     check.tensor("expanded_idx_to_permuted_idx", table, shape=(None, None))
     check.tensor("input", rows, shape=(None, None))
-    return rows, ops.Mix(
-        table.shape[0], table.shape[1], table, scales, shared, 1.0 if factor is None else float(factor)
-    )
+    return rows, ops.Mix(table.shape[0], table.shape[1], table, scales, shared, factor)
 
 
 def mixed(rows: torch.Tensor, mix: ops.Mix, norm: Norm, codes: Codes, comm: ops.Workspace) -> torch.Tensor:

@@ -24,8 +24,8 @@ class Mailbox(NamedTuple):
 
     peers: the mailboxes of all ranks, own: this rank's; of one dtype. first: elements before the region, turn: elements
     of one of its turns. uses: int32, the turn that each place of the region is at. broken: int32, not 0 once a rank was
-    missed. report: address of int32 `[8]` on the host (`workspace.Report`). limit: how often a mailbox is read in vain
-    before its sender counts as missing.
+    missed. report: address of int32 `[8]` on the host (`workspace.MailboxReport`). limit: how often a mailbox is read
+    in vain before its sender counts as missing.
     """
 
     peers: tuple[torch.Tensor, ...]

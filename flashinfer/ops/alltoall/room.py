@@ -25,12 +25,13 @@ from itertools import accumulate
 from math import prod
 from operator import attrgetter
 from typing import Any, NamedTuple
-from weakref import WeakValueDictionary, finalize
+from weakref import WeakValueDictionary
 
 import torch
 
 from flashinfer.core import check, replay
 from flashinfer.core.peers import PeerError, Peers
+from flashinfer.core.shared import Report, Shared
 from flashinfer.ops.alltoall.spec import ALIGNMENT, Call, region_bytes
 
 # Programs of a launch at most, and words of the head that each tells of itself (`triton/kernel.py`).
@@ -59,7 +60,7 @@ def room_bytes(world_size: int, max_tokens: int, dispatch_bytes: int, combine_by
     return head_bytes(world_size) + 2 * (half + PAYLOADS * ALIGNMENT)
 
 
-class Report:
+class CallReport(Report):
     """int32 `[16]` that kernels write to and the host reads without waiting for them.
 
     [0] not 0: something went wrong; [1] the rank it went wrong with; [2] the kind of call; [3] whether that rank came,
@@ -67,16 +68,7 @@ class Report:
     like, as in [8] to [11].
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.words = torch.zeros(16, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._seen = self.words.numpy()
-
-    @property
-    def address(self) -> int:
-        return self.words.data_ptr()
-
-    def broken(self) -> bool:
-        return bool(self._seen[0])
+    NUM_WORDS = 16
 
     def problem(self, peers: Peers) -> PeerError:
         """The error that was reported."""
@@ -100,7 +92,7 @@ class Landing(NamedTuple):
     call: Call
 
 
-class Room:
+class Room(Shared):
     """The memory of one rank of an all-to-all, and of the others as it sees them. All ranks make it together.
 
     own: uint8 `[num_bytes]` of this rank. peers_memory: that of all ranks, the next rank's after each rank's, its own
@@ -110,13 +102,16 @@ class Room:
     PeerError where ranks disagree.
     """
 
+    ENDED = ("room", "a closed one", "Make a new one.")
+
     def __init__(self, peers: Peers, max_tokens: int, num_bytes: int, backend: str = "auto") -> None:
         check.positive("max_tokens", max_tokens)
         least = head_bytes(peers.world_size) + 4 * ALIGNMENT
         if num_bytes < least:
             raise ValueError(check.problem("num_bytes", num_bytes, f"at least {least}", "Ask room_bytes(...)."))
         peers.exchange("all-to-all", max_tokens=max_tokens, num_bytes=num_bytes, backend=backend)
-        self.peers, self.max_tokens, self.backend = peers, max_tokens, backend
+        super().__init__(peers, CallReport(peers.device))
+        self.max_tokens, self.backend = max_tokens, backend
         self.unreachable = peers.unreachable()
         rank, size, device = peers.rank, peers.world_size, peers.device
         self.half_bytes = (num_bytes - head_bytes(size)) // 2 // ALIGNMENT * ALIGNMENT
@@ -131,12 +126,9 @@ class Room:
         slots = -(-max_tokens // 4) * 4  # so that those of both halves begin on 16 bytes
         self.slots = torch.full((2, slots, size), -1, dtype=torch.int32, device=device)
         self.states = torch.zeros(PLACES * MAX_PROGRAMS + 1, dtype=torch.int32, device=device)
-        self.report = Report(device)
         self.limit = min(int(peers.timeout / POLL_SECONDS[device.type]), 2**30) // 16 * 16
-        self.closed = False
         # Kernels are launched again with these addresses (`core/replay.py`); slots of a half begin where it begins.
-        self._permanent = [replay.permanent(x) for x in (*self.peers_memory, self.states, *self.slots)]
-        self._release = finalize(self, replay.release, self._permanent)
+        self._permanent += map(replay.permanent, (*self.peers_memory, self.states, *self.slots))
         self.number = next(_numbers)
         _rooms[self.number] = self
         self._number = 0
@@ -234,30 +226,10 @@ class Room:
         if self.peers.device.type == "cuda":
             self._known.add(key)
 
-    def check(self) -> None:
-        """Raise PeerError for what went wrong with an earlier call, as far as it is known by now; waits for nothing."""
-        if self.closed:
-            raise RuntimeError(check.problem("room", "a closed one", "one in use", "Make a new one."))
-        if self.report.broken():
-            raise self.report.problem(self.peers)
-
-    def close(self) -> None:
-        """Free the memory once nobody uses it any more; every rank calls it."""
-        if self.closed:
-            return
-        if self.peers.device.type == "cuda":
-            torch.cuda.synchronize(self.peers.device)
-        self.closed = True
-        try:
-            if not self.report.broken():
-                self.peers.gather("close", None)
-        finally:
-            self._release()
-            self._permanent.clear()
-            self._views.clear()
-            self._landings.clear()
-            del self.own, self.peers_memory, self.head
-            self.peers.close()
+    def _forget(self) -> None:
+        self._views.clear()
+        self._landings.clear()
+        del self.own, self.peers_memory, self.head
 
 
 def room_of(number: int) -> Room:

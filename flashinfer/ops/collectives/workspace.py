@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from weakref import WeakValueDictionary, finalize
+from weakref import WeakValueDictionary
 
 import torch
 
 from flashinfer.core import check, replay
 from flashinfer.core.peers import PeerError, Peers
+from flashinfer.core.shared import Report, Shared
 from flashinfer.ops.collectives.plan import Region, one_shot_region, two_shot_region
 from flashinfer.ops.collectives.spec import Word
 
@@ -19,23 +20,14 @@ _numbers = itertools.count()
 _workspaces: WeakValueDictionary[int, Workspace] = WeakValueDictionary()
 
 
-class Report:
+class MailboxReport(Report):
     """int32 `[8]` in memory that kernels write to and the host reads without waiting for them.
 
     [0] not 0: something went wrong; [1] the rank it went wrong with; [2] the place that was waited for, or -1; [3], [4]
     the lower and the upper half of the word that rank came with, [5], [6] those of this rank's own.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.words = torch.zeros(8, dtype=torch.int32, pin_memory=device.type == "cuda")
-        self._seen = self.words.numpy()
-
-    @property
-    def address(self) -> int:
-        return self.words.data_ptr()
-
-    def broken(self) -> bool:
-        return bool(self._seen[0])
+    NUM_WORDS = 8
 
     def problem(self, peers: Peers) -> PeerError:
         rank, place, *halves = (int(x) for x in self._seen[1:7])
@@ -76,22 +68,21 @@ class Room:
         return 0, 3 * self.regions[0].turn * self.cols
 
 
-class Workspace:
+class Workspace(Shared):
     """The rooms of one group of ranks, made when first needed: every rank makes the same calls in the same order.
 
     max_bytes: of the largest tensor that goes through the mailboxes without being cut.
     """
 
+    ENDED = ("workspace", "a destroyed one", "Make a new workspace.")
+
     def __init__(self, peers: Peers, max_bytes: int) -> None:
-        self.peers, self.max_bytes = peers, max_bytes
+        super().__init__(peers, MailboxReport(peers.device))
+        self.max_bytes = max_bytes
         self.unreachable = peers.unreachable()
         self.number = next(_numbers)
-        self.report = Report(peers.device)
         self._agreed: set[Word] = set()
         self._rooms: dict[tuple[torch.dtype, int], Room] = {}
-        self._permanent: list[torch.Tensor] = []
-        self._release = finalize(self, replay.release, self._permanent)
-        self.closed = False
         _workspaces[self.number] = self
 
     def room(self, dtype: torch.dtype, cols: int, max_bytes: int | None = None) -> Room:
@@ -148,31 +139,8 @@ class Workspace:
                 difference = word.differences(Word.unpacked(number))
                 raise PeerError(f"collective on rank {self.peers.rank}: rank {rank} made another call; {difference}.")
 
-    def check(self) -> None:
-        """Raise PeerError for what went wrong with an earlier call, as far as it is known by now; waits for nothing."""
-        self._check_open()
-        if self.report.broken():
-            raise self.report.problem(self.peers)
-
-    def _check_open(self) -> None:
-        if self.closed:
-            raise RuntimeError(check.problem("workspace", "a destroyed one", "one in use", "Make a new workspace."))
-
-    def close(self) -> None:
-        """Free the mailboxes once nobody uses them any more; every rank calls it."""
-        if self.closed:
-            return
-        if self.peers.device.type == "cuda":
-            torch.cuda.synchronize(self.peers.device)
-        self.closed = True
-        try:
-            if not self.report.broken():
-                self.peers.gather("close", None)
-        finally:
-            self._release()
-            self._permanent.clear()
-            self._rooms.clear()
-            self.peers.close()
+    def _forget(self) -> None:
+        self._rooms.clear()
 
 
 def workspace_of(number: int) -> Workspace:
