@@ -187,8 +187,9 @@ def row_cases() -> Iterator[GateCase]:
         arguments |= {"gathered": Gathered(None, None)}
         yield case_of(f"rows.{name}", rows_kernel, arguments, **how)
         arguments = {"out": U8_PTR, "hidden": FP32_PTR, "scale": FP32_PTR, "ids": I32_PTR, "order": I32_PTR}
-        arguments |= {"count": I32_PTR, "width": EVEN, "first": ODD, "scale_stride": 1, "cfg": cfg}
-        yield case_of(f"cast.{name}", cast_kernel, arguments, **how)
+        arguments |= {"count": I32_PTR, "width": EVEN, "first": ODD, "scale_stride": 1}
+        arguments["cfg"] = Constant(rows_config(arch, quantise=True, early=False))
+        yield case_of(f"cast.{name}", cast_kernel, arguments, archs=(name,))
 
 
 def cases() -> Iterator[GateCase]:

@@ -277,11 +277,11 @@ def _cast_hidden(call: Call, hidden: torch.Tensor, places: Sorted) -> torch.Tens
     ids, scale = tensors.routes.ids, tensors.experts.hidden_scale
     assert scale is not None
     out = scratch.empty((num_rows, width), E4M3)
-    cfg = rows_config(arch, True, call.early)
+    cfg = rows_config(arch, quantise=True, early=False)
     count = places.indptr[-1:]
     stride = int(scale.numel() > 1)
     key = (token(cfg, ids.dtype, _keyed(width, stride)), alignment(ids, scale, count))
     arguments = (_bytes(out), hidden, scale, ids, places.order, count, width, tensors.routes.first_expert, stride, cfg)
     grid = (triton.cdiv(num_rows, cfg.rows), triton.cdiv(width, cfg.columns), 1)
-    _cast(grid, key, arguments, hidden.device, num_warps=4, **call.options)
+    _cast(grid, key, arguments, hidden.device, num_warps=4)
     return out

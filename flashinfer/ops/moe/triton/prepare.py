@@ -75,8 +75,6 @@ def cast_kernel(out, hidden, scale, ids, order, count, width, first, scale_strid
     """
     row = (tl.program_id(0) * cfg.rows + tl.arange(0, cfg.rows)).to(tl.int64)
     offs = tl.program_id(1) * cfg.columns + tl.arange(0, cfg.columns)
-    wait_for_launch_before(cfg.early)
-    let_next_launch_begin(cfg.early)
     exists = row < tl.load(count)
     pair = tl.load(order + row, mask=exists, other=0)
     expert = tl.load(ids + pair, mask=exists, other=0) - first
