@@ -104,6 +104,11 @@ class Ring:
         mbarrier.expect(self.full.index(self.stage(n)), self.BYTES + BESIDE)
 
     @jit
+    def expect_nothing(self, n):
+        """Producer: no bytes come in the place of tile n, which consumers wait for but do not release."""
+        mbarrier.expect(self.full.index(self.stage(n)), 0)
+
+    @jit
     def box(self, n, i):
         """Where box i of tile n lies."""
         return self.boxes.index(self.stage(n) * self.BOXES + i)
@@ -119,9 +124,12 @@ class Ring:
         copy_arrive(self.full.index(self.stage(n)), increment_count=False)
 
     @jit
-    def drain(self, n):
-        """Producer: after n tiles, meet the consumers' last releases; a barrier must not be left half counted."""
-        for i in range(gl.maximum(n - self.STAGES, 0), n):
+    def drain(self, n, BEYOND: gl.constexpr = 0):
+        """Producer: after n tiles, meet the consumers' last releases; a barrier must not be left half counted.
+
+        BEYOND: places acquired after those tiles.
+        """
+        for i in range(gl.maximum(n + BEYOND - self.STAGES, 0), n):
             named_sync(self.EMPTY + self.stage(i), self.THREADS)
 
     @jit

@@ -98,7 +98,7 @@ def splits(rng: random.Random, groups: int, total: int) -> list[int]:
         sizes[rng.randrange(groups)] = total
         return sizes
     if kind == 2:
-        heights = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 191, 192, 256)
+        heights = (0, 1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 159, 160, 161, 191, 192, 256, 288, 289)
         sizes = [rng.choice(heights) for _ in range(groups)]
     elif kind == 3:
         sizes = [rng.randrange(total) if rng.random() < 0.2 else 0 for _ in range(groups)]
@@ -118,6 +118,20 @@ def test_every_tile(every_tile: Each, rng: random.Random, dtype: torch.dtype, st
         if stored == "kn":
             problem = replace(problem, weights=Weights(transposed(problem.weights.values)))
         check(problem, name)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize(("activation", "n"), [(None, 584), ("swiglu", 528)])
+def test_tails(gathered: bool, activation: str | None, n: int) -> None:
+    """Groups that end on, before and after the rows that a last tile takes along; K of one tile, and of many."""
+    sizes = [1, 32, 127, 128, 129, 0, 159, 160, 161, 191, 256, 257, 288, 289, 416, 417, 130, 150]
+    with imposed(tiles(16)["128x256t"]):
+        for k in (64, 704):
+            problem = with_epilogue(plain(sizes, n, k), activation or "", True, True, True)
+            if gathered:
+                indices = torch.randint(problem.num_rows, (problem.num_rows,), device=DEVICE)
+                problem = replace(problem, rows=problem.rows._replace(indices=indices))
+            check(problem, f"K {k}")
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -317,7 +331,7 @@ def test_not_a_number_stays_in_its_row(every_tile: Each) -> None:
         check(problem, name)
 
 
-RANDOM = [("half", tile) for tile in ("128x256", "64x256", "64x128x2", "swap32", "swap16")]
+RANDOM = [("half", tile) for tile in ("128x256", "128x256t", "64x256", "64x128x2", "swap32", "swap16")]
 RANDOM += [("fp8", tile) for tile in ("128x256", "128x64", "64x128", "64x64")]
 
 
@@ -396,12 +410,19 @@ def test_offsets_past_two_to_the_31(side: str) -> None:
     check_far(side)
 
 
-def test_graph_replays_with_other_group_sizes() -> None:
-    problem = plain([40, 60, 0, 100], 256, 128, torch.bfloat16)
-    out = torch.empty(problem.num_rows, 256, dtype=torch.bfloat16, device=DEVICE)
+@pytest.mark.parametrize(("name", "others", "n"), [("64x256", 0, 256), ("128x256", 16, 2048), ("128x256t", 16, 2048)])
+def test_graph_replays_with_other_group_sizes(name: str, others: int, n: int) -> None:
+    """Of many groups, too, whose tiles are counted as programs take them: each replay counts anew."""
+    with imposed(tiles(16)[name]):
+        check_replays([0] * others, n)
+
+
+def check_replays(others: list[int], n: int) -> None:
+    problem = plain([40, 60, 0, 100, *others], n, 128, torch.bfloat16)
+    out = torch.empty(problem.num_rows, n, dtype=torch.bfloat16, device=DEVICE)
     graph = captured(lambda: gemm.grouped_gemm(problem.rows, problem.weights, out=out))
     for sizes in ([200, 0, 0, 0], [0, 1, 198, 1], [50, 50, 50, 50], [0, 0, 0, 0]):
-        fresh = plain(sizes, 256, 128, torch.bfloat16)
+        fresh = plain([*sizes, *others], n, 128, torch.bfloat16)
         problem.rows.indptr.copy_(fresh.rows.indptr)
         problem.spans = fresh.spans
         out.fill_(float("nan"))

@@ -84,8 +84,9 @@ def chosen(spec: GemmSpec, num_rows: int, num_groups: int) -> configs.Launch:
         (gate.BASE, 4, "swap16"),
         (gate.BASE, 17, "swap32"),
         (gate.BASE, 64, "64x128x2"),
-        (gate.BASE, 65, "64x256"),
-        (gate.BASE, 129, "128x256"),
+        (gate.BASE, 65, "128x256t"),
+        (gate.BASE, 256, "128x256t"),
+        (gate.BASE, 257, "128x256"),
         (gate.BASE, 5000, "128x256"),
         (gate.BLOCK, 64, "64x128"),
         (gate.BLOCK, 200, "128x256"),
@@ -96,7 +97,7 @@ def test_tiles_by_rows_a_group(spec: GemmSpec, rows_a_group: int, tile: str) -> 
     config = chosen(spec, rows_a_group * 64, 64).kernel
     assert (config.block_m, config.block_n, config.stages) == (wanted.block_m, wanted.block_n, wanted.stages)
     assert (config.split_rows, config.weights_first) == (wanted.split_rows, wanted.weights_first)
-    assert config.turns == wanted.turns
+    assert (config.turns, config.tail) == (wanted.turns, wanted.tail)
 
 
 def test_few_tiles_are_narrower() -> None:
@@ -117,6 +118,23 @@ def test_barriers_are_enough() -> None:
     """Of the 16 of the hardware the compiler takes six; a stage takes one, and a warpgroup that takes turns."""
     for (name, _), tile in configs.TILES.items():
         assert 6 + tile.stages + 2 * tile.turns <= 16, name
+
+
+def test_who_counts_tiles() -> None:
+    """Where warpgroups share tiles by their rows, of many groups, and programs have more than one each."""
+    wide, narrow = (configs.configured(gate.BASE, configs.TILES[name, 16], 32, False) for name in ("128x256", "64x256"))
+    cpu = torch.device("cpu")
+    counts = [launch.taken_of(wide, 16, 133, 132, cpu), launch.taken_of(wide, 15, 999, 132, cpu)]
+    counts += [launch.taken_of(wide, 99, 132, 132, cpu), launch.taken_of(narrow, 99, 999, 132, cpu)]
+    assert [count is not None for count in counts] == [True, False, False, False]
+    assert counts[0] is not None and counts[0].tolist() == [0]
+
+
+def test_tails_are_for_rows_of_groups_and_weights_by_rows() -> None:
+    tile = configs.TILES["128x256t", 16]
+    for changes, tail in (({}, 32), ({"transposed": True}, 0), ({"layout": "one"}, 0)):
+        made = configs.configured(gate.BASE._replace(**changes), tile, 32, False)
+        assert made.tail == tail and made.out_part == (64 if tail else 128)
 
 
 def test_one_launch_serves_equal_classes() -> None:
@@ -234,9 +252,9 @@ def test_a_factor_of_the_sums_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) 
 
 
 @triton.jit
-def order_kernel(out, rows, column_tiles, count, BLOCK_M: tl.constexpr, BAND: tl.constexpr):
+def order_kernel(out, rows, column_tiles, count, BLOCK_M: tl.constexpr, BAND: tl.constexpr, TAIL: tl.constexpr):
     for n in range(count):
-        row_tile, column_tile = tile_place(n, rows, column_tiles, BLOCK_M, BAND)
+        row_tile, column_tile = tile_place(n, rows, column_tiles, BLOCK_M, BAND, TAIL)
         tl.store(out + 2 * n, row_tile)
         tl.store(out + 2 * n + 1, column_tile)
 
@@ -251,7 +269,8 @@ def test_tiles_come_once_in_bands(rng: random.Random) -> None:
             rng.choice([16, 64]),
             rng.choice([1, 8]),
         )
-        row_tiles = -(-rows // block_m)
+        tail = rng.choice([0, 8])
+        row_tiles = max(1, -(-(rows - tail) // block_m))
         expected = [
             (row, column)
             for first in range(0, row_tiles, band)
@@ -259,7 +278,7 @@ def test_tiles_come_once_in_bands(rng: random.Random) -> None:
             for row in range(first, min(first + band, row_tiles))
         ]
         out = torch.full((len(expected), 2), -1, dtype=torch.int32, device=device)
-        order_kernel[(1,)](out, rows, column_tiles, len(expected), block_m, band)
+        order_kernel[(1,)](out, rows, column_tiles, len(expected), block_m, band, tail)
         assert list(map(tuple, out.tolist())) == expected
 
 

@@ -103,7 +103,7 @@ def test_what_is_measured_for_hopper_is_what_the_rules_ask_for(key: tuple[int, i
 
 
 def test_each_backend_has_keys_for_all_its_operands() -> None:
-    assert len(HOPPER_KEYS) == 2 * 5 * 2 * 2 and len({key[0] for key in HOPPER_KEYS}) == 2
+    assert len(HOPPER_KEYS) == 2 * 6 * 2 * 2 and len({key[0] for key in HOPPER_KEYS}) == 2
     assert list(TRITON.keys(("half", "fp8", "fp4"), hopper.HEIGHTS, (False, True))) == KEYS
 
 

@@ -18,7 +18,7 @@ from flashinfer.ops.gemm.gluon_sm90.kernel import FP8_BITS, GemmConfig
 from flashinfer.ops.gemm.spec import GemmSpec
 
 # Rows a group, up to which a tile is as high; more take the last.
-HEIGHTS = (16, 32, 64, 128, 256)
+HEIGHTS = (16, 32, 64, 128, 256, 512)
 # Groups looked at at once, at least and at most; of still more, so many, in a loop that leaves fewer registers.
 GROUP_BLOCK = (32, 256)
 MANY_BLOCK = 128
@@ -26,7 +26,7 @@ MANY_BLOCK = 128
 # of a consumer has (the first takes what is left), and one of the producer.
 REGISTERS = {(2, 1): (168, 232, 40), (2, 2): (80, 96, 48), (1, 1): (152, 0, 40)}
 # The same where a warpgroup copies rows.
-COPY_REGISTERS = {(2, 1): (168, 216, 72), (2, 2): (80, 88, 64)}
+COPY_REGISTERS = {(2, 1): (168, 208, 88), (2, 2): (80, 88, 64)}
 # Columns stored at once, at most.
 OUT_PART = 128
 # Columns of an accumulator that fp8 sums beside them leave registers for.
@@ -50,6 +50,7 @@ class Tile(NamedTuple):
     per_sm: int = 1
     band: int = 8
     turns: bool = False
+    tail: int = 0
 
 
 class Workload(NamedTuple):
@@ -73,6 +74,7 @@ class Launch:
 
 TILES = {
     ("128x256", 16): Tile(128, 256, 4, split_rows=True),
+    ("128x256t", 16): Tile(128, 256, 4, split_rows=True, tail=32),
     ("64x256", 16): Tile(64, 256, 4),
     ("64x128x2", 16): Tile(64, 128, 4, per_sm=2),
     ("swap32", 16): Tile(32, 128, 8, weights_first=True),
@@ -88,13 +90,15 @@ RULES = {
     (16, 16): ("swap16", "swap16"),
     (32, 16): ("swap32", "swap32"),
     (64, 16): ("64x128x2", "64x128x2"),
-    (128, 16): ("64x256", "64x128x2"),
-    (256, 16): ("128x256", "64x256"),
+    (128, 16): ("128x256t", "64x128x2"),
+    (256, 16): ("128x256t", "64x256"),
+    (512, 16): ("128x256", "64x256"),
     (16, 8): ("64x128", "64x64"),
     (32, 8): ("64x128", "64x64"),
     (64, 8): ("64x128", "64x64"),
     (128, 8): ("128x256", "128x64"),
     (256, 8): ("128x256", "64x128"),
+    (512, 8): ("128x256", "64x128"),
 }
 
 _imposed: ContextVar[Tile | None] = ContextVar("_imposed", default=None)
@@ -159,6 +163,8 @@ def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmC
     subtiles = 2 if bits == FP8_BITS and (spec.gated or columns > SUM_COLUMNS) else 1
     gate_block = columns // 2 if bits == FP8_BITS else GATE_BLOCK
     many = groups > GROUP_BLOCK[1]
+    # Of weights [W, K, N] no part of the columns lies by itself.
+    tail = 0 if spec.transposed or spec.layout == "one" else tile.tail
     return GemmConfig(
         block_m=tile.block_m,
         block_n=tile.block_n,
@@ -167,7 +173,8 @@ def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmC
         split_rows=tile.split_rows,
         weights_first=tile.weights_first,
         subtiles=subtiles,
-        out_part=min(columns // (2 if spec.gated else subtiles), OUT_PART),
+        # Rows of tails take the memory of half of what is stored at once.
+        out_part=min(columns // (2 if spec.gated else subtiles), OUT_PART // (2 if tail else 1)),
         band=tile.band,
         group_block=MANY_BLOCK if many else groups,
         many_groups=many,
@@ -178,5 +185,6 @@ def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmC
         finishes=finishes,
         gathered=spec.gathered,
         activation=PAIRED[spec.activation] if spec.gated else SINGLE[spec.activation],
+        tail=tail,
         turns=tile.turns and tile.consumers == 2 and spec.scale_rows > 0,
     )

@@ -79,25 +79,32 @@ def finished(x, gate, finish, groups, place, counts, cfg: gl.constexpr):
 
 
 @jit
-def put(value, staging, o_desc, target, row, left, column, counts):
+def _put_rows(staging, target, row, left, column, counts):
+    """`staging` to the output, of rows those before `left`."""
+    LAYOUT: gl.constexpr = _copy_layout(staging.shape[1])
+    offs_m = gl.arange(0, staging.shape[0], gl.SliceLayout(1, LAYOUT))
+    offs_n = column + gl.arange(0, staging.shape[1], gl.SliceLayout(0, LAYOUT))
+    offs = (row + offs_m).to(gl.int64)[:, None] * target.stride_row + offs_n[None, :]
+    mask = (offs_m < left)[:, None] & (offs_n < counts.columns)[None, :]
+    gl.store(target.data + offs, staging.load(LAYOUT), mask=mask)
+
+
+@jit
+def put(value, staging, o_desc, target, row, left, column, counts, BOX: gl.constexpr):
     """value `[rows, columns]` to the output from (row, column) on, through `staging`.
 
-    By TMA where all rows are of the group, which ends `left` rows on; the tensor map ends at the last column. Else by
-    stores under a mask.
+    By TMA where all rows are of the group, which ends `left` rows on, and they are a box of its map, which ends at the
+    last column. Else by stores under a mask.
     """
-    ROWS: gl.constexpr = value.shape[0]
-    COLUMNS: gl.constexpr = value.shape[1]
     # The store of the part before has left the buffer, as the thread that asked for it knows.
     tma_store_wait(0)
     partition_barrier()
     staging.store(value)
-    if left >= ROWS:
-        fence_async_shared()
-        tma_store(o_desc, [row, column], staging)
+    if BOX:
+        if left >= staging.shape[0]:
+            fence_async_shared()
+            tma_store(o_desc, [row, column], staging)
+        else:
+            _put_rows(staging, target, row, left, column, counts)
     else:
-        LAYOUT: gl.constexpr = _copy_layout(COLUMNS)
-        offs_m = gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
-        offs_n = column + gl.arange(0, COLUMNS, gl.SliceLayout(0, LAYOUT))
-        offs = (row + offs_m).to(gl.int64)[:, None] * target.stride_row + offs_n[None, :]
-        mask = (offs_m < left)[:, None] & (offs_n < counts.columns)[None, :]
-        gl.store(target.data + offs, staging.load(LAYOUT), mask=mask)
+        _put_rows(staging, target, row, left, column, counts)

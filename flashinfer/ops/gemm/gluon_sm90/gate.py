@@ -34,6 +34,7 @@ class Problem(NamedTuple):
     tiles: tuple[str, ...] | None = None
     groups: int = 32
     max_spill_bytes: int = 0
+    taken: bool = True
 
 
 # The tiles that rules choose for 16-bit operands.
@@ -99,6 +100,7 @@ def _case(problem: Problem, name: str) -> GateCase:
             int32 if spec.layout == "padded" else None,
             int32 if spec.indexed else None,
             1,
+            int32 if problem.taken else None,
         ),
         "num_rows": 7,
         "num_groups": 7,

@@ -25,13 +25,23 @@ from flashinfer.ops.gemm.gluon_sm90.plain import CONSUMER_WARPS, plain_consumer
 from flashinfer.ops.gemm.gluon_sm90.producer import producer
 from flashinfer.ops.gemm.gluon_sm90.scaled import scaled_consumer
 from flashinfer.ops.gemm.gluon_sm90.scales import scale_tiles
-from flashinfer.ops.gemm.gluon_sm90.schedule import Counts
+from flashinfer.ops.gemm.gluon_sm90.schedule import Counts, tile_memory
 
 # Bytes of K in a tile: a TMA box is at most that wide under the widest swizzle.
 DEPTH_BYTES = 128
 FP8_BITS = 8
 # Warps that bring tiles: one asks TMA, a warpgroup copies.
 TMA_WARPS, COPY_WARPS = 1, 4
+
+
+class Rings(NamedTuple):
+    """Memory of what comes for each step of K. rows, weights: `Ring`. tiles: numbers of the tile that begins there
+    (`schedule.tell`). beside: rows of tails `[stages, tail, block_k]`, or scales (`scales.scale_tiles`), or nothing."""
+
+    rows: Any
+    weights: Any
+    tiles: Any
+    beside: Any
 
 
 class Shape(NamedTuple):
@@ -50,9 +60,10 @@ class GemmConfig:
     subtiles: products that a warpgroup's columns are made in. out_part: columns that it stores at once. band: tiles of
     rows worked on side by side. group_block: groups looked at at once, 0 where there is one group; many_groups: there
     are more than that. bits: of an operand's element. n_major: weights are [W, K, N]. scale_rows: rows that share a
-    scale, 0 without block scales. gate_block: of pairs, the columns of up that stand in shared memory before those of
-    their gates. finishes: whether anything is done to the sums. gathered: rows are copied to their places, else they
-    come by TMA. activation: a jitted function or None. turns: two warpgroups issue fp8 products in turn.
+    scale, 0 without block scales. tail: rows past a tile's that its group may have left, which it takes along.
+    gate_block: of pairs, the columns of up that stand in shared memory before those of their gates. finishes: whether
+    anything is done to the sums. gathered: rows are copied to their places, else they come by TMA. activation: a jitted
+    function or None. turns: two warpgroups issue fp8 products in turn.
     """
 
     block_m: int
@@ -74,6 +85,7 @@ class GemmConfig:
     gathered: bool
     activation: Any
     turns: bool
+    tail: int
 
     @property
     def scaled(self) -> bool:
@@ -87,6 +99,15 @@ class GemmConfig:
     @property
     def producer_threads(self) -> int:
         return 32 * self.producer_warps
+
+    @property
+    def row_box(self) -> int:
+        """Rows that TMA brings at once."""
+        return self.tail or self.block_m
+
+    @property
+    def tail_bytes(self) -> int:
+        return self.tail * DEPTH_BYTES
 
     @property
     def gated(self) -> bool:
@@ -139,7 +160,7 @@ def shared_layout(columns, bits):
 
 @jit
 def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
-    """Those of the rows and of the weights, whose tiles come and go together; with block scales, also these' memory."""
+    """Those of the rows and of the weights, whose tiles come and go together, and what else comes with them."""
     SHARED: gl.constexpr = shared_layout(cfg.block_k, cfg.bits)
     STAGES: gl.constexpr = cfg.stages
     # TMA's bytes, and each thread that copies, rows or scales.
@@ -160,12 +181,19 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
         w_boxes = gl.allocate_shared_memory(x_type, [STAGES, cfg.block_n, cfg.block_k], SHARED)
         w_parts = reinterpret(w_boxes, x_type, [WEIGHT_PARTS, cfg.part_columns, cfg.block_k], SHARED)
     THREADS: gl.constexpr = cfg.producer_threads
-    rows = Ring(x_parts, x, full, STAGES, FIRST_BARRIER, cfg.consumers, THREADS, cfg.gathered)
+    x_boxes = x
+    if not cfg.gathered:
+        BOXES_A_TILE: gl.constexpr = cfg.block_m // cfg.row_box
+        x_boxes = reinterpret(x, x_type, [STAGES * BOXES_A_TILE, cfg.row_box, cfg.block_k], SHARED)
+    rows = Ring(x_parts, x_boxes, full, STAGES, FIRST_BARRIER, cfg.consumers, THREADS, cfg.gathered)
     weights = Ring(w_parts, w_boxes, full, STAGES, FIRST_BARRIER, cfg.consumers, THREADS, False)
     if cfg.scale_rows > 0:
-        return rows, weights, scale_tiles(cfg)
+        return Rings(rows, weights, tile_memory(cfg), scale_tiles(cfg))
+    elif cfg.tail > 0:
+        tails = gl.allocate_shared_memory(x_type, [STAGES, cfg.tail, cfg.block_k], SHARED)
+        return Rings(rows, weights, tile_memory(cfg), tails)
     else:
-        return rows, weights
+        return Rings(rows, weights, tile_memory(cfg), ())
 
 
 @jit(do_not_specialize=["num_rows", "num_groups"])

@@ -21,6 +21,9 @@ from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
 from flashinfer.ops.gemm.spec import Gemm, GemmSpec, Rows, Weights
 
 Box = tuple[int, ...]
+# Groups from which on tiles are taken by whoever is free: where warpgroups share a tile by its rows, the last one of
+# each group takes less time than others, and programs that were to share weights have soon drifted apart.
+DRIFT_GROUPS = 16
 _launch = Prebound(grouped_kernel)
 
 
@@ -35,7 +38,10 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
         launch = choose(spec, arch, expected, num_groups, finish is not None)
         config, (start, consumer, producer) = launch.kernel, launch.registers
         indices = weights.indices
-        groups = Groups(rows.indptr, rows.lengths, indices, 0 if indices is None else indices.stride(0))
+        tiles = most_tiles(config, spec, num_rows, num_groups)
+        grid = max(1, min(tiles, arch.num_sms * launch.per_sm))
+        taken = taken_of(config, num_groups, tiles, grid, out.device)
+        groups = Groups(rows.indptr, rows.lengths, indices, 0 if indices is None else indices.stride(0), taken)
         target = Target(out, out.stride(0))
         scales = scales_of(rows, weights) if spec.kind == "fp8_block" else None
         x_map, *maps = maps_of(config, tensors)
@@ -55,18 +61,23 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
             producer,
         )
         key = _key(spec, launch, target, finish, groups, scales, scattered)
-        grid = (grid_of(launch, spec, arch, num_rows, num_groups), 1, 1)
-        _launch(grid, key, arguments, out.device, num_warps=4, maxnreg=start, launch_pdl=True)
+        _launch((grid, 1, 1), key, arguments, out.device, num_warps=4, maxnreg=start, launch_pdl=True)
 
     return run
 
 
-def grid_of(launch: Launch, spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int) -> int:
-    """As many programs as are resident, or as there can be tiles."""
-    config = launch.kernel
+def most_tiles(config: GemmConfig, spec: GemmSpec, num_rows: int, num_groups: int) -> int:
+    """Tiles that there can be: every group may end within one."""
     partial = min(num_groups, num_rows)
     row_tiles = (num_rows - partial) // config.block_m + partial
-    return max(1, min(row_tiles * -(-spec.out_cols // config.out_columns), arch.num_sms * launch.per_sm))
+    return row_tiles * -(-spec.out_cols // config.out_columns)
+
+
+def taken_of(config: GemmConfig, num_groups: int, tiles: int, grid: int, device: torch.device) -> torch.Tensor | None:
+    """The counter of tiles taken, where programs would drift apart; filling it takes a launch."""
+    if not config.split_rows or num_groups < DRIFT_GROUPS or tiles <= grid:
+        return None
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 # ---- Tensor maps
@@ -85,7 +96,7 @@ def boxes(config: GemmConfig) -> tuple[Box, Box, Box]:
     weights = (1, depth, depth) if config.n_major else (1, config.block_n, depth)
     if config.gated:
         weights = (1, config.out_columns // config.gate_block, 2, config.gate_block, depth)
-    return (config.block_m, depth), weights, (config.out_rows, config.out_part)
+    return (config.row_box, depth), weights, (config.out_rows, config.out_part)
 
 
 def maps_of(config: GemmConfig, tensors: Gemm) -> tuple[TensorDescriptor, TensorDescriptor, TensorDescriptor]:

@@ -12,7 +12,7 @@ import torch
 
 from flashinfer.device.gluon import constexpr_function, copy_load, gl, jit, tma_load
 from flashinfer.ops.gemm.gluon_sm90.scales import copy_scales
-from flashinfer.ops.gemm.gluon_sm90.schedule import nth_tile, rounds, weights_of
+from flashinfer.ops.gemm.gluon_sm90.schedule import place_after, takes_tail, tell, tile_at, weights_of
 
 # A coordinate past every tensor: TMA fills the box with zeros.
 NOWHERE = gl.constexpr(0x7F000000)
@@ -43,30 +43,62 @@ def _load_weights(w_desc, weights, n, which, column, k, cfg: gl.constexpr):
 
 
 @jit
+def _load_rows(x_desc, rings, n, row, left, k, cfg: gl.constexpr):
+    """Tile n of the rows, those from `row` on, after what it announces: its bytes and those of the weights."""
+    rows, weights = rings.rows, rings.weights
+    if cfg.tail > 0:
+        if takes_tail(left, cfg):
+            rows.expect(n, weights.BYTES + cfg.tail_bytes)
+            tma_load(x_desc, [row + cfg.block_m, k], rows.landing(n), rings.beside.index(rows.stage(n)))
+        else:
+            rows.expect(n, weights.BYTES)
+    else:
+        rows.expect(n, weights.BYTES)
+    for i in gl.static_range(rows.BOXES):
+        tma_load(x_desc, [row + i * cfg.row_box, k], rows.landing(n), rows.box(n, i))
+
+
+@jit
+def _end(rings, done, cfg: gl.constexpr):
+    """After `done` tiles of the rings: tell the consumers that no other comes."""
+    rows = rings.rows
+    rows.acquire(done)
+    tell(rings.tiles, rows.stage(done), -1, 0, 0, 0, cfg.producer_warps)
+    rows.expect_nothing(done)
+    if cfg.gathered or cfg.scale_rows > 0:
+        rows.deliver(done)
+    rows.drain(done, 1)
+
+
+@jit
 def _tma_producer(sources, rings, groups, counts, scales, cfg: gl.constexpr):
     """One warp: the rows and weights of every tile, by TMA, and copies of their scales."""
     x_desc, w_desc = sources
-    rows, weights = rings[0], rings[1]
+    rows, weights = rings.rows, rings.weights
+    WARPS: gl.constexpr = cfg.producer_warps
     steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
     done = 0
-    for t in range(0, rounds(groups, counts, cfg.producer_warps, cfg)):
-        tile = nth_tile(groups, counts, t, cfg.producer_warps, cfg)
-        group, row, column = tile[0], tile[1], tile[3] * cfg.out_columns
+    place = gl.program_id(0)
+    exists, group, row, left, column_tile = tile_at(groups, counts, place, WARPS, cfg)
+    while exists:
+        place = place_after(groups, place)
+        column = column_tile * cfg.out_columns
         which = weights_of(groups, group)
-        place = (which, row, column)
         # Without weights the product is 0 of zeros: NaN in the rows must not come through.
-        row = gl.where(which < 0, NOWHERE, row)
+        source = gl.where(which < 0, NOWHERE, row)
         for k in range(0, steps):
             n = done + k
             rows.acquire(n)
-            rows.expect(n, weights.BYTES)
+            if k == 0:
+                tell(rings.tiles, rows.stage(n), group, row, left, column_tile, WARPS)
+            _load_rows(x_desc, rings, n, source, left, k * cfg.block_k, cfg)
             _load_weights(w_desc, weights, n, which, column, k * cfg.block_k, cfg)
-            tma_load(x_desc, [row, k * cfg.block_k], rows.landing(n), rows.box(n, 0))
             if cfg.scale_rows > 0:
-                copy_scales(rings[2], rows.stage(n), scales, place, k, counts, cfg)
+                copy_scales(rings.beside, rows.stage(n), scales, (which, row, column), k, counts, cfg)
                 rows.deliver(n)
         done += steps
-    rows.drain(done)
+        exists, group, row, left, column_tile = tile_at(groups, counts, place, WARPS, cfg)
+    _end(rings, done, cfg)
 
 
 @constexpr_function
@@ -80,28 +112,42 @@ def _copy_layout(cfg):
 def _copying_producer(sources, rings, groups, counts, cfg: gl.constexpr):
     """One warpgroup: as `_tma_producer`, the rows copied; K is a multiple of `block_k`."""
     scattered, w_desc = sources
-    rows, weights = rings
+    rows, weights = rings.rows, rings.weights
+    WARPS: gl.constexpr = cfg.producer_warps
     LAYOUT: gl.constexpr = _copy_layout(cfg)
     offs_m = gl.arange(0, cfg.block_m, gl.SliceLayout(1, LAYOUT))
     offs_k = gl.arange(0, cfg.block_k, gl.SliceLayout(0, LAYOUT))
     steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
     done = 0
-    for t in range(0, rounds(groups, counts, cfg.producer_warps, cfg)):
-        group, row, left, column_tile = nth_tile(groups, counts, t, cfg.producer_warps, cfg)
+    place = gl.program_id(0)
+    exists, group, row, left, column_tile = tile_at(groups, counts, place, WARPS, cfg)
+    while exists:
+        place = place_after(groups, place)
         which = weights_of(groups, group)
-        exists = offs_m < gl.where(which < 0, 0, left)
-        source = gl.load(scattered.indices + row + offs_m, mask=exists, other=0).to(gl.int64)
+        mask = offs_m < gl.where(which < 0, 0, left)
+        source = gl.load(scattered.indices + row + offs_m, mask=mask, other=0).to(gl.int64)
         begin = scattered.data + source * scattered.stride * COPY
+        if cfg.tail > 0:
+            offs_tail = cfg.block_m + gl.arange(0, cfg.tail, gl.SliceLayout(1, LAYOUT))
+            tail_mask = offs_tail < gl.where(which < 0, 0, left)
+            source = gl.load(scattered.indices + row + offs_tail, mask=tail_mask, other=0).to(gl.int64)
+            tail_begin = scattered.data + source * scattered.stride * COPY
         for k in range(0, steps):
             n = done + k
             rows.acquire(n)
+            if k == 0:
+                tell(rings.tiles, rows.stage(n), group, row, left, column_tile, WARPS)
             weights.expect(n)
             _load_weights(w_desc, weights, n, which, column_tile * cfg.out_columns, k * cfg.block_k, cfg)
-            pointers = begin[:, None] + (k * cfg.block_k + offs_k)[None, :]
-            copy_load(rows.box(n, 0), pointers, mask=exists[:, None])
+            columns = (k * cfg.block_k + offs_k)[None, :]
+            copy_load(rows.box(n, 0), begin[:, None] + columns, mask=mask[:, None])
+            if cfg.tail > 0:
+                if takes_tail(left, cfg):
+                    copy_load(rings.beside.index(rows.stage(n)), tail_begin[:, None] + columns, mask=tail_mask[:, None])
             rows.deliver(n)
         done += steps
-    rows.drain(done)
+        exists, group, row, left, column_tile = tile_at(groups, counts, place, WARPS, cfg)
+    _end(rings, done, cfg)
 
 
 @jit

@@ -11,7 +11,7 @@ from flashinfer.device.gluon import gl, jit, tma_store_wait, warpgroup_mma, warp
 from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, finished, put
 from flashinfer.ops.gemm.gluon_sm90.plain import CONSUMER_WARPS
 from flashinfer.ops.gemm.gluon_sm90.scales import factors_here
-from flashinfer.ops.gemm.gluon_sm90.schedule import nth_tile, rounds
+from flashinfer.ops.gemm.gluon_sm90.schedule import told
 
 
 @jit
@@ -28,7 +28,7 @@ def _product(x, weights, n, PART: gl.constexpr, zero, turns, cfg: gl.constexpr):
 @jit
 def _share(rings, turns, done, end, CID: gl.constexpr, cfg: gl.constexpr):
     """Sums `[64, part_columns]` of each part of a warpgroup's share of a tile."""
-    rows, weights = rings[0], rings[1]
+    rows, weights = rings.rows, rings.weights
     LAYOUT: gl.constexpr = accumulator_layout(cfg.part_columns, cfg.bits)
     PARTS: gl.constexpr = cfg.subtiles
     FIRST: gl.constexpr = 0 if cfg.split_rows else CID * PARTS
@@ -41,7 +41,7 @@ def _share(rings, turns, done, end, CID: gl.constexpr, cfg: gl.constexpr):
         x = rows.part(n, CID if cfg.split_rows else 0)
         factors = ()
         if cfg.scale_rows > 0:
-            factors = factors_here(rings[2], rows.stage(n), cfg.row_share * CID, FIRST, LAYOUT, cfg)
+            factors = factors_here(rings.beside, rows.stage(n), cfg.row_share * CID, FIRST, LAYOUT, cfg)
         newer = ()
         for i in gl.static_range(PARTS - 1):
             value = _product(x, weights, n, FIRST + i, zero, turns, cfg)
@@ -81,19 +81,19 @@ def _write_sums(sums, staging, o_desc, target, finish, groups, place, counts, cf
     group, row, left, column = place
     if cfg.gated:
         value = finished(sums[0], sums[1], finish, groups, place, counts, cfg).to(o_desc.dtype)
-        put(value, staging, o_desc, target, row, left, column, counts)
+        put(value, staging, o_desc, target, row, left, column, counts, True)
     else:
         PARTS: gl.constexpr = cfg.subtiles
         for i in gl.static_range(PARTS):
             at = (group, row, left, column + i * cfg.part_columns)
             value = finished(sums[i], None, finish, groups, at, counts, cfg).to(o_desc.dtype)
-            put(value, staging, o_desc, target, row, left, at[3], counts)
+            put(value, staging, o_desc, target, row, left, at[3], counts, True)
 
 
 @jit
 def scaled_consumer(o_desc, rings, staging, target, finish, groups, counts, CID: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup's share of every tile."""
-    rows = rings[0]
+    rows = rings.rows
     ROW: gl.constexpr = cfg.row_share * CID
     COLUMN: gl.constexpr = cfg.column_share * CID
     steps = (counts.depth + cfg.block_k - 1) // cfg.block_k
@@ -101,8 +101,9 @@ def scaled_consumer(o_desc, rings, staging, target, finish, groups, counts, CID:
     turns = Turns(FIRST_BARRIER + cfg.stages, CID, cfg.consumers)
     if cfg.turns:
         turns.begin()
-    for t in range(0, rounds(groups, counts, CONSUMER_WARPS, cfg)):
-        group, first, rest, column_tile = nth_tile(groups, counts, t, CONSUMER_WARPS, cfg)
+    rows.wait(done)
+    group, first, rest, column_tile = told(rings.tiles, rows.stage(done), CONSUMER_WARPS)
+    while group >= 0:
         place = (group, first + ROW, rest - ROW, column_tile * cfg.out_columns + COLUMN)
         end = done + steps
         if ROW > 0:
@@ -114,6 +115,8 @@ def scaled_consumer(o_desc, rings, staging, target, finish, groups, counts, CID:
         if rest > ROW:
             _write_sums(sums, staging, o_desc, target, finish, groups, place, counts, cfg)
         done += steps
+        rows.wait(done)
+        group, first, rest, column_tile = told(rings.tiles, rows.stage(done), CONSUMER_WARPS)
     if cfg.turns:
         turns.end()
     tma_store_wait(0)

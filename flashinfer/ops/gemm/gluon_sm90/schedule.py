@@ -1,8 +1,9 @@
-"""Which tile comes next: every warp that asks works it out from the group sizes, so that no planner runs first.
+"""Which tile comes next: the producer works it out from the group sizes, so that no planner runs first.
 
 The tiles of a group stand in bands of `cfg.band` tiles of rows; inside of a band the rows run fastest, so that programs
-side by side share weights, and the rows of a band stay in the L2 cache. Groups follow one another; programs take tiles
-round robin.
+side by side share weights, and the rows of a band stay in the L2 cache. Groups follow one another. Programs take tiles
+round robin, or, where they would drift apart over many of them, whenever they are free: tiles that share weights are
+then begun together. Consumers learn of each tile through shared memory.
 """
 
 from __future__ import annotations
@@ -13,16 +14,23 @@ import torch
 import triton
 import triton.language as tl
 
-from flashinfer.device.gluon import gl, jit
+from flashinfer.device.gluon import constexpr_function, gl, jit
+
+# Of a tile: group, first row, rows of the group from there on, tile of columns.
+NUMBERS = gl.constexpr(4)
 
 
 class Groups(NamedTuple):
-    """indptr, lengths: see `Rows`; both None: equal shares of all rows. indices: see `Weights`; None: its own."""
+    """indptr, lengths: see `Rows`; both None: equal shares of all rows. indices: see `Weights`; None: its own.
+
+    taken: int32 `[1]`, 0 before the launch, counts tiles that programs took after their first ones; None: round robin.
+    """
 
     indptr: torch.Tensor | None
     lengths: torch.Tensor | None
     indices: torch.Tensor | None
     indices_stride: int
+    taken: torch.Tensor | None
 
 
 class Counts(NamedTuple):
@@ -35,9 +43,17 @@ class Counts(NamedTuple):
 
 
 @triton.jit
-def tile_place(n, rows, column_tiles, block_m, BAND: tl.constexpr):
+def row_tiles_of(rows, block_m, TAIL: tl.constexpr):
+    """Tiles of groups of `rows` rows: the last one takes up to TAIL more than it has, which spares another one."""
+    if TAIL > 0:
+        rows = tl.maximum(rows - TAIL, tl.minimum(rows, 1))
+    return (rows + block_m - 1) // block_m
+
+
+@triton.jit
+def tile_place(n, rows, column_tiles, block_m, BAND: tl.constexpr, TAIL: tl.constexpr):
     """(tile of rows, tile of columns) of the n-th tile of a group of `rows` rows."""
-    row_tiles = (rows + block_m - 1) // block_m
+    row_tiles = row_tiles_of(rows, block_m, TAIL)
     a_band = BAND * column_tiles
     band = n // a_band
     rest = n - band * a_band
@@ -83,7 +99,7 @@ def _look(groups, counts, place, first, found, WARPS: gl.constexpr, cfg: gl.cons
     group, before, total = found
     LAYOUT: gl.constexpr = gl.BlockedLayout([cfg.group_block // 32], [32], [WARPS], [0])
     rows = _rows_of(groups, counts, first + gl.arange(0, cfg.group_block, LAYOUT))
-    tiles = (rows[1] + cfg.block_m - 1) // cfg.block_m * _column_tiles(counts, cfg)
+    tiles = row_tiles_of(rows[1], cfg.block_m, cfg.tail) * _column_tiles(counts, cfg)
     until = total + gl.associative_scan(tiles, 0, _add)
     passed = until <= place
     group += gl.sum(passed.to(gl.int32), 0)
@@ -102,31 +118,67 @@ def _search(groups, counts, place, WARPS: gl.constexpr, cfg: gl.constexpr):
 
 
 @jit
-def rounds(groups, counts, WARPS: gl.constexpr, cfg: gl.constexpr):
-    """How many tiles this program has. WARPS: those of the role that asks."""
+def tile_at(groups, counts, place, WARPS: gl.constexpr, cfg: gl.constexpr):
+    """(whether there is a tile `place`, its group, first row, rows of the group from there on, tile of columns).
+
+    Past the last tile: any values that are safe to read with. WARPS: those of the role that asks.
+    """
     if cfg.group_block == 0:
-        total = (counts.num_rows + cfg.block_m - 1) // cfg.block_m * _column_tiles(counts, cfg)
+        rows, columns = counts.num_rows, _column_tiles(counts, cfg)
+        row_tile, column_tile = tile_place(place, rows, columns, cfg.block_m, cfg.band, cfg.tail)
+        row = row_tile * cfg.block_m
+        return place < row_tiles_of(rows, cfg.block_m, cfg.tail) * columns, 0, row, rows - row, column_tile
     else:
-        total = _search(groups, counts, 0, WARPS, cfg)[2]
-    return gl.maximum(total - gl.program_id(0) + gl.num_programs(0) - 1, 0) // gl.num_programs(0)
+        group, before, total = _search(groups, counts, place, WARPS, cfg)
+        begin, count = _rows_of(groups, counts, group)
+        columns = _column_tiles(counts, cfg)
+        row_tile, column_tile = tile_place(place - before, count, columns, cfg.block_m, cfg.band, cfg.tail)
+        row = row_tile * cfg.block_m
+        return place < total, group, begin + row, count - row, column_tile
 
 
 @jit
-def nth_tile(groups, counts, n, WARPS: gl.constexpr, cfg: gl.constexpr):
-    """This program's n-th tile: (group, first row, rows of the group from there on, tile of columns).
+def takes_tail(left, cfg: gl.constexpr):
+    """Whether the last rows of the group, `left` from the tile's first one on, are the tile's and its tail."""
+    return (left > cfg.block_m) & (left <= cfg.block_m + cfg.tail)
 
-    Past the last tile: any values that are safe to read with.
-    """
-    place = gl.program_id(0) + n * gl.num_programs(0)
-    if cfg.group_block == 0:
-        row_tile, column_tile = tile_place(place, counts.num_rows, _column_tiles(counts, cfg), cfg.block_m, cfg.band)
-        return 0, row_tile * cfg.block_m, counts.num_rows - row_tile * cfg.block_m, column_tile
+
+@jit
+def place_after(groups, place):
+    """The tile that this program takes after tile `place`."""
+    if groups.taken is None:
+        return place + gl.num_programs(0)
     else:
-        found = _search(groups, counts, place, WARPS, cfg)
-        group, before = found[0], found[1]
-        begin, count = _rows_of(groups, counts, group)
-        row_tile, column_tile = tile_place(place - before, count, _column_tiles(counts, cfg), cfg.block_m, cfg.band)
-        return group, begin + row_tile * cfg.block_m, count - row_tile * cfg.block_m, column_tile
+        return gl.num_programs(0) + gl.atomic_add(groups.taken, 1, sem="relaxed")
+
+
+@constexpr_function
+def _one_layout(warps):
+    return gl.BlockedLayout([1], [32], [warps], [0])
+
+
+@jit
+def tile_memory(cfg: gl.constexpr):
+    """Shared memory of the tiles' numbers, a set for every stage of the rings: of the tile that begins in it."""
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    return gl.allocate_shared_memory(gl.int32, [cfg.stages * NUMBERS, 1], FLAT)
+
+
+@jit
+def tell(memory, stage, group, row, left, column_tile, WARPS: gl.constexpr):
+    """Producer, once the stage is free and before anything arrives on it: the tile that begins; group -1: none does."""
+    numbers = (group, row, left, column_tile)
+    for i in gl.static_range(NUMBERS):
+        memory.index(stage * NUMBERS + i).store(gl.full([1], numbers[i], gl.int32, _one_layout(WARPS)))
+
+
+@jit
+def told(memory, stage, WARPS: gl.constexpr):
+    """Consumer, once the stage has arrived: (group, first row, rows of the group from there on, tile of columns)."""
+    numbers = ()
+    for i in gl.static_range(NUMBERS):
+        numbers = numbers + (gl.max(memory.index(stage * NUMBERS + i).load(_one_layout(WARPS)), 0),)
+    return numbers
 
 
 @jit

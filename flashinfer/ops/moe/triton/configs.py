@@ -33,6 +33,8 @@ SORT_TILE, SORT_EXPERTS = 8192, 64
 AHEAD_BYTES = 65_536
 # Parts of rows that a program of the last sum reads at once, and columns of it: for few tokens, and for many.
 COMBINE_FEW, COMBINE_MANY = (32, 256), (16, 1024)
+# Rows an expert, and columns of the first product, from which on copying rows side by side pays.
+NEIGHBOUR_ROWS, NEIGHBOUR_COLUMNS = 256, 4096
 # Rows of a program that brings them into order: a few wide ones where they are copied.
 ROWS_QUANTISED, ROWS_COPIED, COPIED_COLUMNS = 16, 4, 1024
 
@@ -177,6 +179,15 @@ def combine_config(spec: MoESpec, arch: Arch, splits: int, few: bool) -> Combine
 def rows_config(arch: Arch, quantise: bool, early: bool) -> RowsConfig:
     rows, columns = (ROWS_QUANTISED, BLOCK) if quantise else (ROWS_COPIED, COPIED_COLUMNS)
     return RowsConfig(rows, columns, quantise, arch.converts_to_fp8, early)
+
+
+def pays_for_neighbours(spec: MoESpec, arch: Arch, num_pairs: int) -> bool:
+    """Whether rows side by side, which TMA brings faster than threads gather them, save more than a copy of them costs.
+
+    They save about 7 % of a product that multiplies all the time (bench/results/trial-tails.txt).
+    """
+    many = num_pairs >= NEIGHBOUR_ROWS * spec.num_experts
+    return arch.has_wgmma and many and spec.fc1_rows >= NEIGHBOUR_COLUMNS
 
 
 def sort_config(spec: MoESpec, early: bool) -> SortConfig:

@@ -25,6 +25,7 @@ from flashinfer.ops.moe.triton.configs import (
     candidates,
     combine_config,
     few_config,
+    pays_for_neighbours,
     rows_config,
     slots_of,
     sort_blocks,
@@ -230,7 +231,8 @@ def _run_many(call: Call) -> None:
     num_pairs = routes.ids.numel()
     hidden = scratch.empty((num_pairs, spec.intermediate_size), torch.float32 if cast else spec.hidden_dtype)
     rows, epilogue = Rows(x, places.indptr, places.tokens), Epilogue(experts.bias1, experts.activation)
-    if spec.kind == "fp8_block" or wants_neighbours(Gemm(hidden, rows, experts.fc1, epilogue)):
+    product = Gemm(hidden, rows, experts.fc1, epilogue)
+    if spec.kind == "fp8_block" or wants_neighbours(product) or pays_for_neighbours(spec, call.arch, num_pairs):
         values, scale = _arranged(call, x, places, num_pairs, quantise=spec.kind == "fp8_block")
         rows = Rows(values, places.indptr, scale=scale)
     grouped_gemm(rows, experts.fc1, epilogue, out=hidden)
