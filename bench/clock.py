@@ -43,11 +43,11 @@ def time_ms(fn: Callable[[], object], settings: Settings) -> Times:
     return times_in_turn([fn], settings)[0]
 
 
-def times_in_turn(fns: Sequence[Callable[[], object]], settings: Settings) -> list[Times]:
-    """As `time_ms` for each of `fns`, which are called in turn."""
+def times_in_turn(fns: Sequence[Callable[[], object]], settings: Settings, flushed: bool = True) -> list[Times]:
+    """As `time_ms` for each of `fns`, which are called in turn; flushed: on a GPU, with nothing of theirs in L2."""
     if not fns:
         return []
-    times = _by_events(fns, settings) if settings.device.type == "cuda" else _by_host_clock(fns, settings)
+    times = _by_events(fns, settings, flushed) if settings.device.type == "cuda" else _by_host_clock(fns, settings)
     return [{"ms": statistics.median(t), **_p20_p80(t)} for t in times]
 
 
@@ -71,8 +71,8 @@ def _by_host_clock(fns: Sequence[Callable[[], object]], settings: Settings) -> l
     return times
 
 
-def _by_events(fns: Sequence[Callable[[], object]], settings: Settings) -> list[list[float]]:
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=settings.device)
+def _by_events(fns: Sequence[Callable[[], object]], settings: Settings, flushed: bool) -> list[list[float]]:
+    flush = torch.empty(FLUSH_BYTES if flushed else 0, dtype=torch.uint8, device=settings.device)
 
     def rounds(count: int) -> list[list[float]]:
         """All is enqueued before anything is waited for."""

@@ -28,6 +28,12 @@ def nothing() -> None:
     """For calls that have nothing to plan or to reset."""
 
 
+def short_error(error: Exception) -> str:
+    """Its type and first line, for results files."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
 @dataclass(frozen=True)
 class Call:
     """The public API bound to one set of inputs.
@@ -71,6 +77,14 @@ class Peer:
     layout: Callable[[torch.Tensor], torch.Tensor] | None
     shape: Callable[[Any], Shape] | None = None
 
+    def computes(self, shape: Shape) -> Shape:
+        """The shape of its problem in a row of `shape`."""
+        return shape if self.shape is None else self.shape(shape)
+
+    def work(self, shape: Shape) -> float:
+        """Flops of a row of `shape` over its own, so that times of different shapes compare by time per flop."""
+        return 1.0 if self.shape is None else shape.num_flops / self.shape(shape).num_flops
+
 
 @dataclass(frozen=True)
 class Row:
@@ -78,6 +92,7 @@ class Row:
 
     device: "cuda" or "cpu". make: `(shape, generator)` -> fresh random inputs on the generator's device.
     call: `(shape, inputs)` -> the public API. samples: `(shape, inputs, generator)` -> what the output is checked with.
+    graphs: also time calls inside CUDA graphs, where there are any; not for calls that work in place.
     """
 
     name: str
@@ -88,6 +103,7 @@ class Row:
     call: Callable[[Any, Any], Call]
     peers: tuple[Peer, ...]
     samples: Callable[[Any, Any, torch.Generator], Iterator[Sample]]
+    graphs: bool = False
 
 
 def nan_like(x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.run import figure
+from bench.run import figure, graph_entries
 
 MEMORY_BOUND_OPS = ("decode", "append")
 
@@ -22,6 +22,29 @@ def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str
 def _peer(entry: dict[str, Any] | None) -> str:
     """Times the peer takes of ours, e.g. "1.20×"; a dash where it was not asked or could not run."""
     return f"{entry['speedup']:.2f}×" if entry is not None and "ms" in entry else "–"
+
+
+def _graph_table(op: str, rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The op's rows that were timed inside CUDA graphs too, with the same peers; no lines where none was."""
+    timed = [row for row in rows if "ms" in row.get("graph", {})]
+    if not timed:
+        return []
+    peers = list(dict.fromkeys(name for row in timed for name, p in row["peers"].items() if "ms" in p.get("graph", {})))
+    lines = []
+    for row in timed:
+        entries = [row["peers"].get(name, {}).get("graph") for name in peers]
+        ours = f"{figure(1e3 * row['graph']['ms'])}{_warm(row['graph'])}"
+        lines.append([f"`{row['name']}`", ours, *(_peer(entry) + _warm(entry or {}) for entry in entries)])
+    said = "Time of a call inside a CUDA graph of many; graphs of ours and of the peers were replayed in turn."
+    copies = (
+        "Calls go over copies of the inputs, so that these come from memory, except where `L2` marks too few copies."
+    )
+    table = _markdown(("row", "µs", *(f"{name} ÷ ours" for name in peers)), lines)
+    return [f"### {op} in CUDA graphs", "", f"{said} {copies}", "", *table, ""]
+
+
+def _warm(entry: dict[str, Any]) -> str:
+    return "" if entry.get("cold", True) else " L2"
 
 
 def _op_table(op: str, rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -85,6 +108,9 @@ def _problems(results: dict[str, Any]) -> list[str]:
         for name, peer in entry.get("peers", {}).items():
             if "reason" in peer:
                 lines.append(f"- `{entry['name']}`, peer {name} not timed: {peer['reason']}")
+        for name, graph in graph_entries(entry):
+            if "reason" in graph:
+                lines.append(f"- `{entry['name']}`, {name} not timed in CUDA graphs: {graph['reason']}")
     return ["### not measured", "", *lines, ""] if lines else []
 
 
@@ -92,7 +118,8 @@ def to_markdown(results: dict[str, Any]) -> str:
     """The whole report: where it was measured, a table for each op, first calls, and what is missing."""
     lines = _head(results)
     for op in dict.fromkeys(row["op"] for row in results["rows"]):
-        lines += _op_table(op, [row for row in results["rows"] if row["op"] == op])
+        rows = [row for row in results["rows"] if row["op"] == op]
+        lines += _op_table(op, rows) + _graph_table(op, rows)
     return "\n".join([*lines, *_cold_table(results["cold"]), *_problems(results)]).rstrip() + "\n"
 
 

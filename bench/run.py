@@ -1,7 +1,8 @@
 """Runs rows of the registry: correctness gate first, then times, ceilings and peers of the same run.
 
 `python -m bench.run [--rows GLOB] [--out FILE.json] [--device cuda|cpu] [--cold]`. Exit code 0: every row was right
-and timed; 1: a row was wrong, broke, or was not reached in time; 2: nothing to run.
+and timed; 1: a row was wrong, broke, or was not reached in time; 2: nothing to run. Rows that ask for it are also timed
+inside CUDA graphs (`bench.graphs`); what cannot be captured says why, and fails nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from typing import Any
 import torch
 
 from bench.clock import Settings, Times, synchronize, time_ms, times_in_turn
-from bench.record import Call, Peer, Row
+from bench.graphs import Bound, time_in_graphs
+from bench.record import Call, Peer, Row, short_error
 from bench.registry import COLD_ROWS, ROWS
 
 SCHEMA = 1
@@ -153,15 +155,9 @@ def time_peer(
             verdict = {"ok": True} if peer.layout is None else gate(row, inputs, peer.layout(result), generator)
             if not verdict["ok"]:
                 return {"reason": verdict["reason"]}
-            work = 1.0 if peer.shape is None else row.shape.num_flops / peer.shape(row.shape).num_flops
-            return time_against(call, ours, settings, work)
+            return time_against(call, ours, settings, peer.work(row.shape))
     except Exception as error:  # a peer that is missing must not hide the row
         return {"reason": short_error(error)}
-
-
-def short_error(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 def run_row(row: Row, settings: Settings, ceilings: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -170,17 +166,34 @@ def run_row(row: Row, settings: Settings, ceilings: dict[str, Any], seed: int) -
     result |= {"bytes": row.shape.num_bytes, "flops": row.shape.num_flops}
     try:
         generator = torch.Generator(settings.device).manual_seed(seed)
+        before = torch.cuda.memory_allocated()
         inputs = row.make(row.shape, generator)
-        call = row.call(row.shape, inputs)
+        bound = Bound(inputs, torch.cuda.memory_allocated() - before, row.call(row.shape, inputs))
+        call = bound.call
         result["gate"] = check_call(row, inputs, call, generator)
         if not result["gate"]["ok"]:
             return {**result, "status": "failed", "reason": result["gate"]["reason"]}
         times = time_ms(call.run, settings)
         result |= times | time_host(call, times["ms"], settings.device) | _shares(row, times["ms"], ceilings)
         result["peers"] = {p.name: time_peer(p, row, inputs, generator, call.run, settings) for p in row.peers}
+        if row.graphs:
+            _add_graphs(result, row, bound, generator, settings)
+            if not result["graph"].get("gate", result["gate"])["ok"]:
+                return {**result, "status": "failed", "reason": result["graph"]["reason"]}
     except Exception as error:  # one broken row must not hide the others; the exit code tells
         return {**result, "status": "error", "reason": short_error(error)}
     return {**result, "status": "ok"}
+
+
+def _add_graphs(result: dict[str, Any], row: Row, bound: Bound, generator: torch.Generator, settings: Settings) -> None:
+    """Put `graph` into the row's entry, and into those of the peers that were timed."""
+
+    def judge(inputs: Any, out: torch.Tensor) -> dict[str, Any]:
+        return gate(row, inputs, out, generator)
+
+    result["graph"], peers = time_in_graphs(row, bound, result, judge, generator, settings)
+    for name, entry in peers.items():
+        result["peers"][name]["graph"] = entry
 
 
 def _shares(row: Row, ms: float, ceilings: dict[str, Any]) -> dict[str, float]:
@@ -311,6 +324,24 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def graph_entries(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """A row's entries of CUDA graphs: "ours", then peers by name; none where none were wanted, as in older files."""
+    holders = [("ours", row), *row.get("peers", {}).items()]
+    return [(name, holder["graph"]) for name, holder in holders if "graph" in holder]
+
+
+def _graph_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table of rows timed in CUDA graphs, then what could not be."""
+    lines, problems = [], []
+    for row in rows:
+        (_, ours), *peers = graph_entries(row) or [("", {})]
+        timed = ", ".join(f"{name} {p['speedup']:.2f}x" for name, p in peers if "ms" in p)
+        lines += [[row["name"], figure(1e3 * ours["ms"]), str(ours["copies"]), timed]] if "ms" in ours else []
+        problems += [f"no graph {row['name']} {n}: {e['reason']}" for n, e in graph_entries(row) if "reason" in e]
+    table = [format_table(("in CUDA graphs", "us", "copies", "peer time / ours"), lines)] if lines else []
+    return [*table, *problems]
+
+
 def summary(results: dict[str, Any]) -> str:
     """The short text printed at the end of a run."""
     environment, ceilings = results["environment"], results["ceilings"]
@@ -324,9 +355,10 @@ def summary(results: dict[str, Any]) -> str:
         if c["status"] == "ok"
     ]
     problems = [f"{e['status'].upper()} {e['name']}: {e['reason']}" for e in _entries(results) if e["status"] != "ok"]
-    table = format_table(header, [_cells(row) for row in results["rows"] if row["status"] == "ok"])
+    right = [row for row in results["rows"] if row["status"] == "ok"]
+    table = format_table(header, [_cells(row) for row in right])
     ceiling = f"ceilings: copy {figure(copy)} GB/s, {ceilings['matmul_dtype']} matmul {figure(product)} TFLOP/s"
-    return "\n".join([head, ceiling, table, *cold, *problems])
+    return "\n".join([head, ceiling, table, *_graph_lines(right), *cold, *problems])
 
 
 def _entries(results: dict[str, Any]) -> list[dict[str, Any]]:

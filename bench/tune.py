@@ -20,9 +20,9 @@ from typing import Any
 import torch
 
 from bench.clock import Settings, times_in_turn
-from bench.record import Call
+from bench.record import Call, short_error
 from bench.rows.attention import PROMPTS, AttentionShape, prefill_row, prompts
-from bench.run import check_call, describe, find_commit, short_error
+from bench.run import check_call, describe, find_commit
 from flashinfer.core.arch import arch_of
 from flashinfer.ops.attention.gluon_sm90.configs import Schedule, imposed
 

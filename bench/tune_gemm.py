@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from bench.clock import Settings, times_in_turn
-from bench.record import Call, Row
+from bench.record import Call, Row, short_error
 from bench.rows.gemm import GemmShape, call_op, make, samples
-from bench.run import check_call, describe, find_commit, short_error
+from bench.run import check_call, describe, find_commit
 from bench.tune import PROVENANCE
 from flashinfer.ops.gemm.gluon_sm90 import configs as hopper
 from flashinfer.ops.gemm.triton import configs

@@ -279,7 +279,7 @@ def label(shape: GemmShape) -> str:
 
 
 def _row_of(kind: str, shape: GemmShape, call: Callable[..., Call], *peers: Peer) -> Row:
-    return Row(f"gemm_{kind}_{label(shape)}", "gemm", "cuda", shape, make, call, peers, samples)
+    return Row(f"gemm_{kind}_{label(shape)}", "gemm", "cuda", shape, make, call, peers, samples, graphs=True)
 
 
 def _rows() -> Iterator[Row]:

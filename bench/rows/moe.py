@@ -228,14 +228,21 @@ def _open_cublas(shape: MoEShape, i: MoEInputs) -> Iterator[Callable[[], torch.T
     yield run
 
 
-CUBLAS = Peer("cublas_same_flops", _open_cublas, None)
+def _one_expert(shape: MoEShape) -> MoEShape:
+    """All pairs at one expert: what `_open_cublas` multiplies."""
+    m = shape.model
+    return MoEShape(Model("one_expert", 1, 1, m.hidden, m.inter), shape.tokens * m.top_k)
+
+
+CUBLAS = Peer("cublas_same_flops", _open_cublas, None, _one_expert)
 
 
 def row(shape: MoEShape, device: str = "cuda") -> Row:
     """Few tokens against a copy, many against cuBLAS."""
     kind = "" if shape.kind == "bf16" else f"_{shape.kind}"
     peers = (COPY,) if shape.tokens <= FEW_TOKENS else (CUBLAS,)
-    return Row(f"moe_{shape.model.name}{kind}_t{shape.tokens}", "moe", device, shape, make, call, peers, samples)
+    name = f"moe_{shape.model.name}{kind}_t{shape.tokens}"
+    return Row(name, "moe", device, shape, make, call, peers, samples, graphs=True)
 
 
 ROWS: tuple[Row, ...] = (
