@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache, lru_cache, reduce, wraps
+from functools import cache, lru_cache, partial, reduce, wraps
 from operator import itemgetter, or_
 from typing import Any, NamedTuple
 
@@ -61,12 +61,13 @@ _is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defi
 
 
 class _Recording(threading.local):
-    """tensors: those of the call under way, and its Numbers; None if nothing is recorded. launches: those so far.
-
-    An entry is None where that cannot be repeated. paused: nothing is repeated in this thread.
+    """tensors: those of the call under way, its Numbers, then what it made; None if nothing is recorded. makers: of
+    what it made. launches: those so far, None for one that cannot be repeated. paused: nothing is repeated in this
+    thread.
     """
 
     tensors: list[Input] | None = None
+    makers: list[Callable[[], torch.Tensor]]
     launches: list[Repeat | None]
     paused: bool = False
 
@@ -92,6 +93,16 @@ def forget() -> None:
         memory.clear()
 
 
+def zeros(count: int, device: torch.device) -> torch.Tensor:
+    """int32 zeros `[count]` for the launches of the call under way, which makes others when it is repeated."""
+    make = partial(torch.zeros, count, dtype=torch.int32, device=device)
+    made = make()
+    if recording.tensors is not None:
+        recording.tensors.append(made)
+        recording.makers.append(make)
+    return made
+
+
 @contextmanager
 def paused() -> Iterator[None]:
     """Within, in this thread, calls neither are repeated nor remembered: for measuring what else they could do."""
@@ -109,7 +120,7 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
     Arguments: tensors, Numbers, tuples of them, hashable values. What the function does may depend on their layouts
     (shapes, strides, dtypes, devices, alignment to 16 bytes) and on the other values, not on the Numbers' nor on the
     contents of tensors on a GPU. 0.0 and -0.0 are one value. What it does to tensors must be launches only, as nothing
-    else is seen here; what it calls that is `replayed` as well counts as its own.
+    else is seen here but `zeros`; what it calls that is `replayed` as well counts as its own.
     """
     memory: Memory = {}
     _memories.append(memory)
@@ -145,9 +156,9 @@ def replayed(function: Callable[..., None]) -> Callable[..., None]:
         # Nothing is launched on the CPU; a trace is a property of the thread, which the guards see.
         if any(x.get_device() < 0 for x in tensors) or _is_tracing():
             return function(*arguments)
-        launches = _recorded([*tensors, *form.numbers(flat)], function, arguments)
+        launches, makers = _recorded([*tensors, *form.numbers(flat)], function, arguments)
         if launches:
-            _remember(memory, key, _layouts(tensors), _in_turn(launches))
+            _remember(memory, key, _layouts(tensors), _in_turn(launches, makers))
         return None
 
     return call
@@ -263,8 +274,8 @@ def _layout(x: torch.Tensor) -> tuple[Hashable, ...]:
     return x.__class__, x.shape, x.stride(), x.dtype, x.get_device(), state
 
 
-def _in_turn(repeats: list[Repeat]) -> Again:
-    """All launches of a call as one: none of them where one does not fit."""
+def _in_turn(repeats: list[Repeat], makers: list[Callable[[], torch.Tensor]]) -> Again:
+    """All launches of a call as one, after what it makes: none of them where one does not fit."""
     relations = tuple(dict.fromkeys(relation for repeat in repeats for relation in repeat.relations))
     first, *others = (repeat.launch for repeat in repeats)
 
@@ -272,6 +283,8 @@ def _in_turn(repeats: list[Repeat]) -> Again:
         for i, j, distance in relations:
             if addresses[i] - addresses[j] != distance:
                 return False
+        made = [make() for make in makers]
+        addresses += map(_address, made)
         first(addresses)
         for launch in others:
             launch(addresses)
@@ -280,16 +293,18 @@ def _in_turn(repeats: list[Repeat]) -> Again:
     return launch_all
 
 
-def _recorded(inputs: list[Input], function: Callable[..., None], arguments: Sequence[Any]) -> list[Repeat]:
-    """Call the function; what it launched, nothing if that cannot be repeated."""
-    recording.tensors, recording.launches = inputs, []
+def _recorded(
+    inputs: list[Input], function: Callable[..., None], arguments: Sequence[Any]
+) -> tuple[list[Repeat], list[Callable[[], torch.Tensor]]]:
+    """Call the function; what it launched, nothing if that cannot be repeated, and the makers of what it made."""
+    recording.tensors, recording.launches, recording.makers = inputs, [], []
     try:
         function(*arguments)
-        launches = recording.launches
+        launches, makers = recording.launches, recording.makers
     finally:
-        recording.tensors, recording.launches = None, []
+        recording.tensors, recording.launches, recording.makers = None, [], []
     repeatable = [launch for launch in launches if launch is not None]
-    return repeatable if len(repeatable) == len(launches) else []
+    return repeatable if len(repeatable) == len(launches) else [], makers
 
 
 class Template:
@@ -313,6 +328,7 @@ class Template:
         self.shared: list[Relation] = []
         # Places are those of the pool that `fill` builds: addresses, addresses with offsets, constants, descriptors,
         # tuples.
+        self._count = len(inputs)
         kinds = ("address", "offset", "constant", "map", "tuple")
         self._places: list[list[tuple[str, int]]] = []
         self._visit(arguments)
@@ -361,8 +377,15 @@ class Template:
         return "offset", len(self._offsets) - 1
 
     def fill(self, addresses: list[int]) -> tuple[Any, ...]:
-        """The arguments, with addresses in the place of tensors; they are in the order of the inputs."""
-        pool: list[Any] = [*addresses, *(addresses[i] + offset for i, offset in self._offsets), *self._constants]
+        """The arguments, with addresses in the place of tensors; they are in the order of the inputs.
+
+        After those may come others, of what the call made later.
+        """
+        pool: list[Any] = [
+            *addresses[: self._count],
+            *(addresses[i] + offset for i, offset in self._offsets),
+            *self._constants,
+        ]
         for describe, i in self._describe:
             pool.append(describe(pool[i]))
         for pick in self._tuples:

@@ -183,6 +183,38 @@ def test_numbers_are_told_by_which_object_they_are() -> None:
     assert template.fill([1, 2, 3]) == (7, 3, 2, (1, 8)) and not template.shared
 
 
+def test_what_a_call_makes_is_made_again(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Zeros anew for each repetition, in the order they were made in; the first launch knows the first only."""
+    made: list[torch.Tensor] = []
+    zeros = torch.zeros
+
+    def remembered_zeros(*arguments: Any, **options: Any) -> torch.Tensor:
+        made.append(zeros(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torch, "zeros", remembered_zeros)
+    filled: list[tuple[Any, ...]] = []
+
+    @replayed
+    def function(x: torch.Tensor) -> None:
+        recorder.calls += 1
+        for i in range(2):
+            counter = replay.zeros(4, x.device)
+            if recording.tensors is not None:
+                template = Template(recording.tensors, (x, counter, i))
+                recording.launches.append(Repeat((), lambda found, t=template: filled.append(t.fill(found))))
+
+    x, y = zeros(3), zeros(3)
+    function(x)
+    function(y)
+    function(x)
+    assert recorder.calls == 1 and len(made) == 6
+    assert all(counter.dtype == torch.int32 and not counter.any() for counter in made)
+    pairs = [(x, made[4], 0), (x, made[5], 1)]
+    assert filled[2:] == [(*addresses(*tensors), i) for *tensors, i in pairs]
+    assert filled[:2] == [(*addresses(y, made[2 + i]), i) for i in range(2)]
+
+
 @pytest.mark.parametrize("refusing", [0, 1, 2])
 def test_a_refused_launch_runs_the_function_and_nothing_else(recorder: Recorder, refusing: int) -> None:
     """Whichever of a call's launches it is."""

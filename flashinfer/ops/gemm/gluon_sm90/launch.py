@@ -8,6 +8,7 @@ from functools import cache, lru_cache
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from flashinfer.core import replay
 from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, integer_classes, pointers, token
 from flashinfer.device.finish import Finish, finish_with
@@ -77,7 +78,7 @@ def taken_of(config: GemmConfig, num_groups: int, tiles: int, grid: int, device:
     """The counter of tiles taken, where programs would drift apart; filling it takes a launch."""
     if not config.split_rows or num_groups < DRIFT_GROUPS or tiles <= grid:
         return None
-    return torch.zeros(1, dtype=torch.int32, device=device)
+    return replay.zeros(1, device)
 
 
 # ---- Tensor maps
