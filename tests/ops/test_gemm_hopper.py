@@ -449,8 +449,9 @@ def test_does_not_wait_for_the_device() -> None:
 
 def test_auto_takes_it_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, "gemm", "auto")
-    for rows, name in ((None, BACKEND), (torch.zeros(7, dtype=torch.int32, device=DEVICE), "triton")):
-        given = Rows(normal(7, 64), torch.tensor([0, 7], dtype=torch.int32, device=DEVICE), rows)
+    indices = torch.zeros(7, dtype=torch.int32, device=DEVICE)
+    for k, rows, name in ((72, None, BACKEND), (64, indices, BACKEND), (72, indices, "triton")):
+        given = Rows(normal(7, k), torch.tensor([0, 7], dtype=torch.int32, device=DEVICE), rows)
         out = torch.empty(7, 64, dtype=torch.float16, device=DEVICE)
-        spec = gemm.Gemm(out, given, Weights(normal(1, 64, 64)), Epilogue()).spec
+        spec = gemm.Gemm(out, given, Weights(normal(1, 64, k)), Epilogue()).spec
         assert name in gemm.CHOICE.module(spec, out.device).__name__
