@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -56,11 +57,16 @@ def token_class(tokens: int) -> int:
 
 
 def block_m(spec: MoESpec, arch: Arch, tokens: int) -> int:
-    """Rows of a tile: all that an expert can have; where blocks have sums of their own registers hold fewer."""
+    """Rows of a tile: what hardly an expert has more of, where tokens go anywhere; one with more takes several turns.
+
+    The mean and two deviations. Where blocks have sums of their own registers hold fewer.
+    """
     most = 64
     if spec.kind == "fp8_block":
         most = 32 if arch.converts_to_fp8 else 16
-    return min(max(token_class(tokens), 16), most)
+    mean = token_class(tokens) * spec.top_k / spec.num_experts
+    rows = int(triton.next_power_of_2(math.ceil(mean + 2 * mean**0.5 + 1)))
+    return min(max(min(rows, token_class(tokens)), 16), most)
 
 
 def slots_of(spec: MoESpec, tokens: int) -> int:
@@ -79,19 +85,30 @@ def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
     num_warps = 4 if as_stored else 8
     if many_rows and not arch.has_wgmma:
         num_warps = 8
-    stages = 3 if many_rows else 4
     depth = spec.hidden_size if first else spec.intermediate_size
+    splits = 1
+    if not first:
+        programs = slots_of(spec, token_class(tokens)) * triton.cdiv(spec.hidden_size, block_r)
+        splits = max(1, min(triton.cdiv(WAVES * arch.num_sms, programs), depth // (4 * block_k), MAX_SPLITS))
+    if spec.kind in ("plain", "fp8_tensor"):
+        block_k, splits = _without_rest(depth, block_k, splits)
+    stages = 3 if many_rows else 4
     # Shared memory holds the tiles of both sides.
     itemsize = 1 if spec.kind == "fp8_block" else spec.dtype.itemsize if first else spec.hidden_dtype.itemsize
     row_bytes = block_k * itemsize * block_m(spec, arch, tokens)
     room = (arch.smem_bytes or 1 << 20) // 2 if arch.smem_bytes > 120_000 else arch.smem_bytes or 1 << 20
     while stages > 2 and stages * (block_r * block_k * bits // 8 + row_bytes) > room:
         stages -= 1
-    splits = 1
-    if not first:
-        programs = slots_of(spec, token_class(tokens)) * triton.cdiv(spec.hidden_size, block_r)
-        splits = min(triton.cdiv(WAVES * arch.num_sms, programs), depth // (4 * block_k), MAX_SPLITS)
-    return Tiles(block_r, block_k, stages, num_warps, arch.has_wgmma, max(1, splits))
+    return Tiles(block_r, block_k, stages, num_warps, arch.has_wgmma, splits)
+
+
+def _without_rest(depth: int, block_k: int, splits: int) -> tuple[int, int]:
+    """Columns of a tile, half as many or about as many splits as asked for, so that all tiles are full: no masks."""
+    for parts in range(splits, splits // 2, -1):
+        for columns in (block_k, block_k // 2):
+            if depth % (columns * parts) == 0:
+                return columns, parts
+    return block_k, splits
 
 
 def candidates(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> list[Tiles]:
@@ -120,17 +137,19 @@ def tuning_key(spec: MoESpec, tokens: int, first: bool) -> str:
 
 
 def tiles_of(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
-    """The measured ones, or the default."""
+    """The measured ones if they are still candidates, or the default."""
     return _tiles_of(spec, arch, token_class(tokens), first, generation())
 
 
 @lru_cache(maxsize=4096)
 def _tiles_of(spec: MoESpec, arch: Arch, tokens: int, first: bool, generation: int) -> Tiles:
     found = tuned(tuning_key(spec, tokens, first), arch)
-    return default_tiles(spec, arch, tokens, first) if found is None else Tiles(*found)
+    # A file of other rules may hold tiles that would write past the results of today's.
+    known = {tuple(tiles): tiles for tiles in candidates(spec, arch, tokens, first)} if found else {}
+    return known.get(found) or default_tiles(spec, arch, tokens, first)
 
 
-def few_config(spec: MoESpec, arch: Arch, tokens: int, tiles: Tiles, first: bool) -> FewConfig:
+def few_config(spec: MoESpec, arch: Arch, tokens: int, tiles: Tiles, first: bool, early: bool) -> FewConfig:
     """The compiled form of one product."""
     scans = tokens * spec.top_k <= SCAN
     return FewConfig(
@@ -155,24 +174,23 @@ def few_config(spec: MoESpec, arch: Arch, tokens: int, tiles: Tiles, first: bool
         native_fp8=arch.converts_to_fp8,
         fp4_pairs=arch.is_nvidia,
         num_stages=tiles.num_stages,
-        early=arch.launches_early,
-        ahead=ahead_of(spec, arch, tiles, first),
+        early=early,
+        ahead=ahead_of(spec, tiles, first) if early else 0,
     )
 
 
-def ahead_of(spec: MoESpec, arch: Arch, tiles: Tiles, first: bool) -> int:
+def ahead_of(spec: MoESpec, tiles: Tiles, first: bool) -> int:
     """Columns of weights to ask for early; the first product follows another launch only where x is quantised."""
-    if not arch.launches_early or (first and spec.kind != "fp8_block"):
+    if first and spec.kind != "fp8_block":
         return 0
     bits = 4 if spec.kind == "mxfp4" else 8 * spec.weight_dtype.itemsize
     return AHEAD_BYTES // tiles.block_r * 8 // bits
 
 
-def combine_config(spec: MoESpec, arch: Arch, splits: int, few: bool) -> CombineConfig:
+def combine_config(spec: MoESpec, splits: int, few: bool, early: bool) -> CombineConfig:
     parts, columns = COMBINE_FEW if few else COMBINE_MANY
     block = min(columns, max(128, int(triton.next_power_of_2(spec.hidden_size))))
     together = min(max(1, parts // splits), spec.top_k)
-    early = few and arch.launches_early
     return CombineConfig(spec.hidden_size, spec.num_experts, spec.top_k, splits, block, together, early)
 
 

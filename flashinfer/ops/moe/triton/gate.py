@@ -83,7 +83,7 @@ def few_case(model: str, spec: MoESpec, tokens: int, first: bool, name: str) -> 
     """One product for few tokens, tiles by rule."""
     arch = arch_named(name)
     tiles = default_tiles(spec, arch, tokens, first)
-    cfg = few_config(spec, arch, tokens, tiles, first)
+    cfg = few_config(spec, arch, tokens, tiles, first, arch.launches_early)
     rows, hidden = {"fp8_tensor": (U8_PTR, U8_PTR), "fp8_block": (U8_PTR, BF16_PTR)}.get(spec.kind, (BF16_PTR,) * 2)
     row_scale = FP32_PTR if spec.kind == "fp8_block" else None
     scale = {"mxfp4": U8_PTR, "fp8_block": FP32_PTR}.get(spec.kind)
@@ -158,6 +158,7 @@ def combine_cases() -> Iterator[GateCase]:
     spec = spec_of("deepseek", "plain", BF16, BF16)
     for splits, rows, name in ((*case, name) for case in ((1, None), (8, None), (1, I32_PTR)) for name in ALL_ARCHS):
         y, bias = (FP32_PTR, BF16_PTR) if rows is None else (BF16_PTR, None)
+        early = rows is None and arch_named(name).launches_early
         arguments = {
             "out": BF16_PTR,
             "stride_out": ODD,
@@ -165,7 +166,7 @@ def combine_cases() -> Iterator[GateCase]:
             "ids": I32_PTR,
             "weights": FP32_PTR,
             "first": ODD,
-            "cfg": Constant(combine_config(spec, arch_named(name), splits, few=rows is None)),
+            "cfg": Constant(combine_config(spec, splits, rows is None, early)),
         }
         label = f"combine_s{splits}{'_rows' if rows is not None else ''}.{name}"
         yield case_of(label, combine_kernel, arguments, options=launch_options(name), archs=(name,))

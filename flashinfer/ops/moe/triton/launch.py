@@ -163,7 +163,7 @@ def _launch_few(call: Call, pairs: Pairs, side: Input, out: torch.Tensor, tiles:
     experts, num_tokens = tensors.experts, tensors.x.shape[0]
     first = out.dim() == 2
     weights = experts.fc1 if first else experts.fc2
-    cfg = few_config(spec, arch, num_tokens, tiles, first)
+    cfg = few_config(spec, arch, num_tokens, tiles, first, call.early)
     activation = (PAIRED if spec.gated else SINGLE)[spec.activation] if first else None
     scale = experts.hidden_scale if first else None
     matrices, finish = _matrices(weights), _finish(experts, first)
@@ -205,11 +205,11 @@ def _tensors(finish: Finish) -> tuple[torch.Tensor | None, ...]:
 
 def combine(call: Call, y: torch.Tensor, rows: torch.Tensor | None) -> None:
     """Write `out`. y: `[splits, pairs, hidden_size]`; rows: the row of each pair, None: rows are pairs."""
-    spec, arch, tensors, _ = call
+    spec, _, tensors, _ = call
     out, routes, bias = tensors.out, tensors.routes, tensors.experts.bias2
     if rows is not None:
         bias = None  # the product has added it
-    cfg = combine_config(spec, arch, y.shape[0], few=rows is None)
+    cfg = combine_config(spec, y.shape[0], few=rows is None, early=call.early)
     parts = Parts(y, y.stride(0), rows, bias, 0 if bias is None else bias.stride(0))
     used = (out, y, rows, bias, routes.ids, routes.weights)
     # The stride between parts is that of all pairs: any number.
