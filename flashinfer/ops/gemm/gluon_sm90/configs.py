@@ -26,7 +26,7 @@ MANY_BLOCK = 128
 # of a consumer has (the first takes what is left), and one of the producer.
 REGISTERS = {(2, 1): (168, 232, 40), (2, 2): (80, 96, 48), (1, 1): (152, 0, 40)}
 # The same where a warpgroup copies rows.
-COPY_REGISTERS = {(2, 1): (168, 208, 88), (2, 2): (80, 88, 64)}
+COPY_REGISTERS = {(2, 1): (168, 208, 88), (2, 2): (80, 96, 48)}
 # Columns stored at once, at most.
 OUT_PART = 128
 # Columns of an accumulator that fp8 sums beside them leave registers for.
@@ -83,8 +83,8 @@ TILES = {
     ("128x64", 8): Tile(128, 64, 8, split_rows=True, turns=True),
     ("64x128", 8): Tile(64, 128, 8),
     ("64x64", 8): Tile(64, 64, 8, consumers=1, split_rows=True),
-    ("256x128", 4): Tile(256, 128, 4, weights_first=True),
-    ("128x128", 4): Tile(128, 128, 6, weights_first=True),
+    ("256x128", 4): Tile(256, 128, 5, weights_first=True),
+    ("128x128", 4): Tile(128, 128, 8, weights_first=True),
     ("64x128", 4): Tile(64, 128, 8, weights_first=True),
     ("64x128x2", 4): Tile(64, 128, 5, weights_first=True, per_sm=2),
 }

@@ -30,6 +30,8 @@ from flashinfer.ops.gemm.gluon_sm90.schedule import Counts, tile_memory
 # Bytes of K in a tile: a TMA box is at most that wide under the widest swizzle.
 DEPTH_BYTES = 128
 FP8_BITS = 8
+# Rows stored at once, at most.
+OUT_ROWS = 128
 # Warps that bring tiles: one asks TMA, a warpgroup copies.
 TMA_WARPS, COPY_WARPS = 1, 4
 
@@ -146,8 +148,8 @@ class GemmConfig:
 
     @property
     def out_rows(self) -> int:
-        """Rows that a warpgroup stores."""
-        return self.row_share or self.block_m
+        """Rows that a warpgroup stores at once."""
+        return self.row_share or min(self.block_m, OUT_ROWS)
 
 
 @jit

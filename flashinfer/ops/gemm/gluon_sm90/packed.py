@@ -12,7 +12,7 @@ import torch
 
 from flashinfer.device.decode import decode_fp8, decode_ue8m0, e2m1_pairs, multiply_pairs, twice
 from flashinfer.device.gluon import constexpr_function, gl, jit, warpgroup_mma, warpgroup_mma_wait
-from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, write
+from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, halves, write
 from flashinfer.ops.gemm.gluon_sm90.schedule import weights_of
 
 # Rows of the weights of one product, and its bytes of a step of K: two numbers each.
@@ -140,4 +140,8 @@ def multiply_packed(rings, staging, o_desc, target, finish, groups, counts, scal
     acc = warpgroup_mma(left, rows.part(last, 0).permute((1, 0)), acc, is_async=True)
     acc, _ = warpgroup_mma_wait(0, deps=[acc, left])
     rows.release(last)
-    write(acc.permute((1, 0)), staging, o_desc, target, finish, groups, place, counts, True, cfg)
+    group, row, rest, column = place
+    parts = halves(acc, cfg.out_rows) if cfg.block_m > cfg.out_rows else (acc,)
+    for i in gl.static_range(len(parts)):
+        at = (group, row + i * cfg.out_rows, rest - i * cfg.out_rows, column)
+        write(parts[i].permute((1, 0)), staging, o_desc, target, finish, groups, at, counts, True, cfg)

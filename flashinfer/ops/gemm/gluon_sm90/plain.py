@@ -76,8 +76,8 @@ def _multiply(rings, staging, o_desc, target, finish, groups, counts, done, plac
 
 
 @jit
-def _share(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, rest, CID: gl.constexpr,
-           cfg: gl.constexpr):  # fmt: skip
+def _one_tile(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, rest, CID: gl.constexpr,
+              cfg: gl.constexpr):  # fmt: skip
     """A warpgroup's share of a tile, with its tail or without one. rest: rows of the group from the tile's first on."""
     if cfg.scale_block > 0:
         multiply_packed(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, CID, cfg)
@@ -107,7 +107,7 @@ def plain_consumer(o_desc, rings, staging, target, finish, groups, counts, scale
         if rest <= ROW:
             skip(rows, done, done + steps)
         else:
-            _share(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, rest, CID, cfg)
+            _one_tile(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, rest, CID, cfg)
         done += steps
         rows.wait(done)
         group, first, rest, column_tile = told(rings.tiles, rows.stage(done), CONSUMER_WARPS)
