@@ -111,23 +111,40 @@ def _operand(numbers, factors, layout: gl.constexpr):
 @jit
 def multiply_packed(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, CID: gl.constexpr,
                     cfg: gl.constexpr):  # fmt: skip
-    """A warpgroup's share of a tile, from its products to the output."""
+    """A warpgroup's share of a tile, from its products to the output; half of them where half the rows are there."""
+    if cfg.block_m > cfg.out_rows:
+        if place[2] <= cfg.out_rows:
+            _multiply_rows(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, cfg.out_rows,
+                           CID, cfg)  # fmt: skip
+        else:
+            _multiply_rows(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, cfg.block_m,
+                           CID, cfg)  # fmt: skip
+    else:
+        _multiply_rows(
+            rings, staging, o_desc, target, finish, groups, counts, scales, done, place, cfg.block_m, CID, cfg
+        )
+
+
+@jit
+def _multiply_rows(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, COUNT: gl.constexpr,
+                   CID: gl.constexpr, cfg: gl.constexpr):  # fmt: skip
+    """`multiply_packed` with the first COUNT rows of the tile."""
     rows, weights = rings.rows, rings.weights
-    SUMS: gl.constexpr = accumulator_layout(cfg.block_m, cfg.bits)
+    SUMS: gl.constexpr = accumulator_layout(COUNT, cfg.bits)
     LEFT: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     last = done + (counts.depth + cfg.block_k - 1) // cfg.block_k - 1
     begin = _scale_rows(scales, groups, place, counts, cfg)
     # A step ahead of the weights: nothing waits for them in memory.
     factors = _factors(_scales(scales, begin, 0, counts, cfg), cfg)
     ahead = _scales(scales, begin, 1, counts, cfg)
-    acc = gl.full([ROWS, cfg.block_m], 0.0, gl.float32, SUMS)
+    acc = gl.full([ROWS, COUNT], 0.0, gl.float32, SUMS)
     rows.wait(done)
     numbers = _numbers(weights, done, CID, cfg)
     for n in range(done, last):
         # The last step of decoding waits for the product before: the compiler lets no product run on while what the
         # next one takes is written.
         left = _operand(numbers, factors, LEFT)
-        acc = warpgroup_mma(left, rows.part(n, 0).permute((1, 0)), acc, is_async=True)
+        acc = warpgroup_mma(left, rows.part(n, 0).slice(0, COUNT).permute((1, 0)), acc, is_async=True)
         factors = _factors(ahead, cfg)
         ahead = _scales(scales, begin, n + 2 - done, counts, cfg)
         rows.wait(n + 1)
@@ -137,11 +154,11 @@ def multiply_packed(rings, staging, o_desc, target, finish, groups, counts, scal
         acc, _ = warpgroup_mma_wait(0, deps=[acc, left])
         rows.release(n)
     left = _operand(numbers, factors, LEFT)
-    acc = warpgroup_mma(left, rows.part(last, 0).permute((1, 0)), acc, is_async=True)
+    acc = warpgroup_mma(left, rows.part(last, 0).slice(0, COUNT).permute((1, 0)), acc, is_async=True)
     acc, _ = warpgroup_mma_wait(0, deps=[acc, left])
     rows.release(last)
     group, row, rest, column = place
-    parts = halves(acc, cfg.out_rows) if cfg.block_m > cfg.out_rows else (acc,)
+    parts = halves(acc, cfg.out_rows) if COUNT > cfg.out_rows else (acc,)
     for i in gl.static_range(len(parts)):
         at = (group, row + i * cfg.out_rows, rest - i * cfg.out_rows, column)
         write(parts[i].permute((1, 0)), staging, o_desc, target, finish, groups, at, counts, True, cfg)
