@@ -52,7 +52,7 @@ def multiply_pairs(x, y):
     return tl.inline_asm_elementwise(
         "fma.rn.bf16x2 $0, $1, $2, $3;",
         "=r,r,r,r",
-        [x, y, tl.full(x.shape, -2147450880, tl.int32)],  # 0x80008000: twice -0
+        [x, y, -2147450880],  # 0x80008000: twice -0
         dtype=tl.int32,
         is_pure=True,
         pack=1,
@@ -60,22 +60,36 @@ def multiply_pairs(x, y):
 
 
 @triton.jit
+def twice(factor):
+    """fp32 that is exact in bf16, as two equal bf16 in 32 bits."""
+    half = (factor.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
+    return half | (half << 16)
+
+
+@triton.jit
+def e2m1_pairs(bits):
+    """Bytes of two codes of e2m1, as int32, to two bf16 in 32 bits, the lower code first.
+
+    On NVIDIA's GPUs only. The three bits of a magnitude go to the lowest of the exponent and the highest of the
+    mantissa, as in `decode_e2m1`.
+    """
+    # Codes lie 12 bits further apart than in the byte: signs in bits 15 and 31, magnitudes from bits 6 and 22 on.
+    signs = (bits * 0x1001000) & -2147450880
+    pairs = ((bits * 0x40040) & 0x01C001C0) | signs
+    return multiply_pairs(pairs, 0x7E807E80)  # 2^126
+
+
+@triton.jit
 def decode_e2m1_pairs(codes, factor):
     """Bytes `[R, C]` of two codes of e2m1 to bf16 `[R, 2 * C]`, the low four bits first, times `factor`.
 
-    factor: fp32 `[R, C / n]`, exact in bf16, one for n bytes. Two numbers at a time, on NVIDIA's GPUs only: the three
-    bits of a magnitude go to the lowest of the exponent and the highest of the mantissa, as in `decode_e2m1`.
+    factor: fp32 `[R, C / n]`, exact in bf16, one for n bytes. Two numbers at a time, on NVIDIA's GPUs only.
     """
     ROWS: tl.constexpr = codes.shape[0]
     BYTES: tl.constexpr = codes.shape[1]
     BLOCKS: tl.constexpr = factor.shape[1]
-    half = (factor.to(tl.int32, bitcast=True) >> 16) & 0xFFFF
-    both = tl.broadcast_to((half | (half << 16))[:, :, None], (ROWS, BLOCKS, BYTES // BLOCKS)).reshape(ROWS, BYTES)
-    bits = codes.to(tl.int32)
-    # Codes lie 12 bits further apart than in the byte: signs in bits 15 and 31, magnitudes from bits 6 and 22 on.
-    signs = (bits * 0x1001000) & -2147450880
-    pairs = ((bits * 0x40040) & 0x01C001C0) | signs
-    pairs = multiply_pairs(multiply_pairs(pairs, tl.full(pairs.shape, 0x7E807E80, tl.int32)), both)  # 2^126
+    both = tl.broadcast_to(twice(factor)[:, :, None], (ROWS, BLOCKS, BYTES // BLOCKS)).reshape(ROWS, BYTES)
+    pairs = multiply_pairs(e2m1_pairs(codes.to(tl.int32)), both)
     low = pairs.to(tl.int16).to(tl.bfloat16, bitcast=True)
     high = (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     return tl.join(low, high).reshape(ROWS, 2 * BYTES)

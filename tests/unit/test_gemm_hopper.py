@@ -20,13 +20,12 @@ from flashinfer.core.config import config
 from flashinfer.core.select import select
 from flashinfer.ops import gemm
 from flashinfer.ops.gemm import IMPLS, Activation, Epilogue, Gemm, GemmSpec, Rows, Weights
-from flashinfer.ops.gemm.gluon_sm90 import configs, gate, launch
+from flashinfer.ops.gemm.gluon_sm90 import configs, gate, launch, packed
 from flashinfer.ops.gemm.gluon_sm90.schedule import tile_place
 from flashinfer.ops.gemm.support import gluon_sm90_supports
 
 HOPPER = Arch("sm90", 132, SMEM_BYTES["sm90"], "3.6.0")
 E4M3 = torch.float8_e4m3fn
-FP4 = {"kind": "mxfp4", "weight_dtype": torch.uint8}
 
 
 @pytest.mark.parametrize(
@@ -35,7 +34,6 @@ FP4 = {"kind": "mxfp4", "weight_dtype": torch.uint8}
         (gate.BASE, {"row_dtype": torch.float32, "weight_dtype": torch.float32}, "16-bit"),
         (gate.BASE, {"weight_dtype": torch.float16}, "16-bit"),
         (gate.BASE, {"out_dtype": torch.float32}, "16-bit"),
-        (gate.BASE, FP4, "mxfp4"),
         (gate.BASE, {"gathered": True}, None),
         (gate.BASE, {"gathered": True, "k": 4128}, "64 elements at a time"),
         (gate.BASE, {"gathered": True, "row_map": False}, "rows: .* multiples of 16 bytes"),
@@ -52,6 +50,11 @@ FP4 = {"kind": "mxfp4", "weight_dtype": torch.uint8}
         (gate.BLOCK, {"scale_rows": 0}, "block scales"),
         (gate.BLOCK, {"row_dtype": torch.float8_e5m2}, "e4m3"),
         (gate.BLOCK, {"row_dtype": torch.bfloat16}, "e4m3"),
+        (gate.MXFP4, {"kind": "nvfp4", "gathered": True, "activation": "swiglu"}, None),
+        (gate.MXFP4, {"row_dtype": torch.float16}, "decoded to bf16"),
+        (gate.MXFP4, {"few_rows": True}, "more than 32 rows"),
+        (gate.MXFP4, {"transposed": True}, "along K"),
+        (gate.MXFP4, {"weight_map": False}, "weights: .* multiples of 16 bytes"),
     ],
 )
 def test_each_refusal_has_its_reason(spec: GemmSpec, change: dict[str, Any], reason: str | None) -> None:
@@ -90,14 +93,28 @@ def chosen(spec: GemmSpec, num_rows: int, num_groups: int) -> configs.Launch:
         (gate.BASE, 5000, "128x256"),
         (gate.BLOCK, 64, "64x128"),
         (gate.BLOCK, 200, "128x256"),
+        (gate.MXFP4, 64, "64x128x2"),
+        (gate.MXFP4, 128, "128x128"),
+        (gate.MXFP4, 600, "256x128"),
     ],
 )
 def test_tiles_by_rows_a_group(spec: GemmSpec, rows_a_group: int, tile: str) -> None:
-    wanted = configs.TILES[tile, spec.row_dtype.itemsize * 8]
+    wanted = configs.TILES[tile, configs.bits_of(spec)]
     config = chosen(spec, rows_a_group * 64, 64).kernel
     assert (config.block_m, config.block_n, config.stages) == (wanted.block_m, wanted.block_n, wanted.stages)
     assert (config.split_rows, config.weights_first) == (wanted.split_rows, wanted.weights_first)
     assert (config.turns, config.tail) == (wanted.turns, wanted.tail)
+
+
+def test_few_rows_of_packed_weights_are_not_its_own() -> None:
+    """By what the caller expects, or the mean."""
+    x, out = torch.zeros(66, 64, dtype=torch.bfloat16), torch.zeros(66, 128, dtype=torch.bfloat16)
+    weights = Weights(torch.zeros(2, 128, 32, dtype=torch.uint8), scale=torch.zeros(2, 128, 2), kind="mxfp4")
+    for rows, expected, few in ((66, 0, False), (64, 0, True), (64, 33, False), (66, 32, True)):
+        spec = Gemm(out[:rows], Rows(x[:rows]), weights, Epilogue(), expected).spec
+        assert spec.few_rows == few
+        assert select(IMPLS, spec, HOPPER).name == ("triton" if few else "gluon_sm90")
+    assert not Gemm(out, Rows(x), Weights(out[None]), Epilogue(), 1).spec.few_rows
 
 
 def test_few_tiles_are_narrower() -> None:
@@ -173,26 +190,35 @@ def given(tensors: Gemm, monkeypatch: pytest.MonkeyPatch) -> tuple[tuple[int, in
     return grid, dict(zip(launch.grouped_kernel.arg_names, arguments, strict=True))
 
 
+BITS = {"half": 16, "fp8": 8, "fp4": 4}
+
+
 def problem(kind: str, activation: str | None = None) -> Gemm:
-    dtype = torch.float16 if kind == "half" else E4M3
+    dtype = {"half": torch.float16, "fp8": E4M3, "fp4": torch.bfloat16}[kind]
     x, w = torch.zeros(300, 256).to(dtype), torch.zeros(5, 512, 256).to(dtype)
     indptr = torch.tensor([0, 10, 10, 200, 240, 300], dtype=torch.int32)
     epilogue = Epilogue(None, Activation(activation)) if activation else Epilogue()
-    scale = None if kind == "half" else torch.ones(300, 2)
-    weights = Weights(w) if kind == "half" else Weights(w, scale=torch.ones(5, 4, 2), kind="fp8_block")
+    scale = torch.ones(300, 2) if kind == "fp8" else None
+    weights = {
+        "half": Weights(w),
+        "fp8": Weights(w, scale=torch.ones(5, 4, 2), kind="fp8_block"),
+        "fp4": Weights(
+            torch.zeros(5, 512, 128, dtype=torch.uint8), scale=torch.ones(5, 512, 8).to(torch.uint8), kind="mxfp4"
+        ),
+    }[kind]
     out = torch.zeros(300, 256 if activation == "swiglu" else 512, dtype=torch.float16)
     return Gemm(out, Rows(x, indptr, scale=scale), weights, epilogue)
 
 
-@pytest.mark.parametrize("kind", ["half", "fp8"])
+@pytest.mark.parametrize("kind", BITS)
 @pytest.mark.parametrize("activation", [None, "swiglu"])
 def test_the_launch_is_the_one_that_the_gate_compiles(kind, activation, monkeypatch) -> None:
     tensors = problem(kind, activation)
-    tile = configs.TILES["128x256", 16 if kind == "half" else 8]
-    with configs.imposed(tile):
+    name = "256x128" if kind == "fp4" else "128x256"
+    with configs.imposed(configs.TILES[name, BITS[kind]]):
         _, arguments = given(tensors, monkeypatch)
     made = gate.Problem("x", tensors.spec)
-    compiled = gate._case(made, "128x256")
+    compiled = gate._case(made, name)
     assert list(compiled.signature) == list(arguments)
     cfg = compiled.constexprs[list(arguments).index("cfg"),]
     assert cfg == arguments["cfg"]
@@ -202,17 +228,18 @@ def test_the_launch_is_the_one_that_the_gate_compiles(kind, activation, monkeypa
         assert repr(made_map.layout) in compiled.signature[name]
 
 
-@pytest.mark.parametrize(("kind", "block"), [("half", 8), ("fp8", 128)])
+@pytest.mark.parametrize(("kind", "block"), [("half", 8), ("fp8", 128), ("fp4", 8)])
 def test_pairs_of_up_and_gate_are_one_box(kind: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The view that the map has of the weights puts blocks of up before those of their gates."""
     tensors = problem(kind, "swiglu")
-    numbers = torch.arange(512)[None, :, None].expand(5, 512, 256)
-    with configs.imposed(configs.TILES["128x256", 16 if kind == "half" else 8]):
+    numbers = torch.arange(512)[None, :, None].expand(tensors.weights.values.shape)
+    with configs.imposed(configs.TILES["256x128" if kind == "fp4" else "128x256", BITS[kind]]):
         _, arguments = given(tensors, monkeypatch)
     made = arguments["w_desc"]
     seen = numbers.contiguous().as_strided(made.shape, made.strides)
     box = seen[0, : made.block_shape[1], :, :, 0].reshape(-1)
-    expected = [half * 256 + at + i for at in range(0, 128, block) for half in (0, 1) for i in range(block)]
+    columns = arguments["cfg"].out_columns
+    expected = [half * 256 + at + i for at in range(0, columns, block) for half in (0, 1) for i in range(block)]
     assert box.tolist() == expected and len(expected) == arguments["cfg"].block_n
 
 
@@ -246,6 +273,27 @@ def test_a_factor_of_the_sums_is_not_forgotten(monkeypatch: pytest.MonkeyPatch) 
     tensors = tensors._replace(weights=tensors.weights._replace(global_scale=torch.ones(5)))
     _, arguments = given(tensors, monkeypatch)
     assert arguments["cfg"].finishes and arguments["finish"].matrix_stride == 1
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 4])
+def test_threads_load_the_codes_that_they_multiply(blocks: int) -> None:
+    """Both numbers of a byte: PTX ISA, wgmma, register fragments of m64k16, for four of these side by side."""
+    layout = packed.codes_layout(blocks)
+    width = 32 // blocks
+    for thread in range(128):
+        warp, row, column = thread // 32, thread % 32 // 4, thread % 4 * 2
+        columns = [16 * step + column + 8 * far for step in range(4) for far in (0, 1)]
+        wanted = {(16 * warp + row + 8 * low, k // 2) for k in columns for low in (0, 1)}
+        found = set()
+        for register in range(16):
+            bases = [layout.reg_bases[i] for i in range(4) if register >> i & 1]
+            bases += [layout.lane_bases[i] for i in range(5) if thread >> i & 1]
+            bases += [layout.warp_bases[i] for i in range(2) if warp >> i & 1]
+            at = [0, 0, 0]
+            for basis in bases:
+                at = [a ^ b for a, b in zip(at, basis, strict=True)]
+            found.add((at[0], at[1] * width + at[2]))
+        assert found == wanted
 
 
 # ---- The order of tiles

@@ -17,6 +17,8 @@ FP4_BLOCK = {"mxfp4": 32, "nvfp4": 16}
 KINDS = ("plain", "fp8_tensor", "fp8_block", *FP4_BLOCK)
 GATED = ("swiglu", "geglu")
 ACTIVATIONS = (*GATED, "relu2", "silu", "gelu", "relu", "identity")
+# Rows a group, on average, up to which 4-bit weights take longer to come than to be multiplied.
+FEW_ROWS = 32
 # Bytes that the address and all strides of a tensor map are multiples of.
 MAP_BYTES = 16
 
@@ -95,8 +97,8 @@ class GemmSpec(NamedTuple):
     kind: of the weights. n, k: of a weight matrix. layout: "one" group, "ragged" (indptr), "padded" (lengths), "equal"
     (room for equally many rows, all there). transposed: the stride of 1 is that of N. scale_rows, scale_cols: rows of
     `values`, and of a weight matrix, that share a scale; 0 without scales. row_map, weight_map, out_map: whether
-    address and strides allow a tensor map (TMA) of rows, weights, result. activation: "" for none. Defaults:
-    the plainest product of groups.
+    address and strides allow a tensor map (TMA) of rows, weights, result. activation: "" for none. few_rows: of fp4
+    kinds, whether groups have FEW_ROWS rows at most. Defaults: the plainest product of groups.
     """
 
     kind: str
@@ -117,6 +119,7 @@ class GemmSpec(NamedTuple):
     bias: bool = False
     activation: str = ""
     row_weights: bool = False
+    few_rows: bool = False
 
     @property
     def gated(self) -> bool:
@@ -150,6 +153,11 @@ class Gemm(NamedTuple):
         return (weights.values if weights.indices is None else weights.indices).shape[0]
 
     @property
+    def rows_at_once(self) -> int:
+        """Of all groups together, about."""
+        return self.expected_rows * self.num_groups or self.out.shape[0]
+
+    @property
     def spec(self) -> GemmSpec:
         out, rows, weights, epilogue, _ = self
         values, matrices = rows.values, weights.values
@@ -174,6 +182,7 @@ class Gemm(NamedTuple):
             bias=epilogue.bias is not None,
             activation="" if epilogue.activation is None else epilogue.activation.kind,
             row_weights=epilogue.row_weights is not None,
+            few_rows=weights.kind in FP4_BLOCK and self.rows_at_once <= FEW_ROWS * self.num_groups,
         )
 
     def _layout(self) -> str:

@@ -7,7 +7,7 @@ import torch
 from flashinfer.core.arch import Arch
 from flashinfer.core.check import FP8_DTYPES
 from flashinfer.core.select import triton_missing
-from flashinfer.ops.gemm.spec import FP8_BLOCK, GemmSpec
+from flashinfer.ops.gemm.spec import FEW_ROWS, FP4_BLOCK, FP8_BLOCK, GemmSpec
 
 # Triton releases whose code for the Hopper kernel was run.
 HOPPER_TRITON = "3.6."
@@ -36,7 +36,7 @@ def triton_supports(spec: GemmSpec, arch: Arch) -> str | None:
 
 
 def gluon_sm90_supports(spec: GemmSpec, arch: Arch) -> str | None:
-    """Hopper's own kernel: operands go from tensor maps to the tensor cores as they are stored."""
+    """Hopper's own kernel: operands go from tensor maps to the tensor cores, 4-bit weights through registers."""
     if not arch.has_wgmma:
         return f"warpgroup products are Hopper's, this is {arch.name}"
     if arch.triton is None or not arch.triton.startswith(HOPPER_TRITON):
@@ -46,12 +46,14 @@ def gluon_sm90_supports(spec: GemmSpec, arch: Arch) -> str | None:
 
 def _operand_problem(spec: GemmSpec) -> str | None:
     dtypes = (spec.row_dtype, spec.weight_dtype)
-    fp8 = spec.kind in ("fp8_tensor", "fp8_block")
-    if spec.kind != "plain" and not fp8:
-        return f"tensor cores take no {spec.kind}: weights would pass through registers"
+    fp8, fp4 = spec.kind in ("fp8_tensor", "fp8_block"), spec.kind in FP4_BLOCK
+    if fp4 and spec.row_dtype != torch.bfloat16:
+        return f"{spec.kind} weights are decoded to bf16, tensor cores take rows of the same type"
+    if fp4 and spec.few_rows:
+        return f"tiles of {spec.kind} weights take the time of more than {FEW_ROWS} rows, groups have fewer"
     if fp8 and dtypes != (torch.float8_e4m3fn,) * 2:
         return "fp8 operands must both be e4m3fn"
-    if not fp8 and (dtypes[0] != dtypes[1] or dtypes[0] not in HOPPER_DTYPES):
+    if spec.kind == "plain" and (dtypes[0] != dtypes[1] or dtypes[0] not in HOPPER_DTYPES):
         return "tensor cores take both operands in one 16-bit type here"
     if spec.out_dtype not in HOPPER_DTYPES:
         return "the output leaves through shared memory of a 16-bit type"
@@ -70,8 +72,8 @@ def _layout_problem(spec: GemmSpec) -> str | None:
             return (
                 f"{name}: address and all strides but the innermost must be in multiples of 16 bytes, for tensor maps"
             )
-    if spec.transposed and spec.row_dtype.itemsize == 1:
-        return "tensor cores read fp8 along K only, the weights' stride of 1 is that of N"
+    if spec.transposed and spec.weight_dtype.itemsize == 1:
+        return "weights of less than 16 bits are read along K only, their stride of 1 is that of N"
     return None
 
 

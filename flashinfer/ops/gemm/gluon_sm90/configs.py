@@ -15,7 +15,7 @@ from flashinfer.core import replay
 from flashinfer.core.arch import Arch
 from flashinfer.device.finish import PAIRED, SINGLE
 from flashinfer.ops.gemm.gluon_sm90.kernel import FP8_BITS, GemmConfig
-from flashinfer.ops.gemm.spec import GemmSpec
+from flashinfer.ops.gemm.spec import FP4_BLOCK, GemmSpec
 
 # Rows a group, up to which a tile is as high; more take the last.
 HEIGHTS = (16, 32, 64, 128, 256, 512)
@@ -26,7 +26,7 @@ MANY_BLOCK = 128
 # of a consumer has (the first takes what is left), and one of the producer.
 REGISTERS = {(2, 1): (168, 232, 40), (2, 2): (80, 96, 48), (1, 1): (152, 0, 40)}
 # The same where a warpgroup copies rows.
-COPY_REGISTERS = {(2, 1): (168, 208, 88), (2, 2): (80, 88, 64)}
+COPY_REGISTERS = {(2, 1): (168, 208, 88), (2, 2): (80, 96, 48)}
 # Columns stored at once, at most.
 OUT_PART = 128
 # Columns of an accumulator that fp8 sums beside them leave registers for.
@@ -83,9 +83,13 @@ TILES = {
     ("128x64", 8): Tile(128, 64, 8, split_rows=True, turns=True),
     ("64x128", 8): Tile(64, 128, 8),
     ("64x64", 8): Tile(64, 64, 8, consumers=1, split_rows=True),
+    ("256x128", 4): Tile(256, 128, 5, weights_first=True),
+    ("128x128", 4): Tile(128, 128, 8, weights_first=True),
+    ("64x128", 4): Tile(64, 128, 8, weights_first=True),
+    ("64x128x2", 4): Tile(64, 128, 5, weights_first=True, per_sm=2),
 }
-# By rows a group and bits of an operand, for tiles enough for all multiprocessors and for fewer. From rates on an H200
-# (bench/results/trial-grouped-tiles.txt and trial-fp8-scales.txt, 2026-11-22).
+# By rows a group and bits of the narrower operand, for tiles enough for all multiprocessors and for fewer. From rates
+# on an H200 (bench/results/trial-grouped-tiles.txt and trial-fp8-scales.txt, 2026-11-22); of 4 bits, not yet measured.
 RULES = {
     (16, 16): ("swap16", "swap16"),
     (32, 16): ("swap32", "swap32"),
@@ -99,6 +103,10 @@ RULES = {
     (128, 8): ("128x256", "128x64"),
     (256, 8): ("128x256", "64x128"),
     (512, 8): ("128x256", "64x128"),
+    (64, 4): ("64x128x2", "64x128x2"),
+    (128, 4): ("128x128", "64x128x2"),
+    (256, 4): ("256x128", "128x128"),
+    (512, 4): ("256x128", "128x128"),
 }
 
 _imposed: ContextVar[Tile | None] = ContextVar("_imposed", default=None)
@@ -130,10 +138,16 @@ def height_for(num_rows: int, num_groups: int) -> int:
     return next((m for m in HEIGHTS if m * num_groups >= num_rows), HEIGHTS[-1])
 
 
+def bits_of(spec: GemmSpec) -> int:
+    """Of an element of the narrower operand."""
+    return 4 if spec.kind in FP4_BLOCK else spec.row_dtype.itemsize * 8
+
+
 def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, finishes: bool) -> Launch:
     """The launch for about `num_rows` rows of all groups together. finishes: whether anything is done to the sums."""
     height = height_for(num_rows, num_groups)
-    wide = TILES[RULES[height, spec.row_dtype.itemsize * 8][0], spec.row_dtype.itemsize * 8]
+    bits = bits_of(spec)
+    wide = TILES[RULES[height, bits][0], bits]
     row_tiles = max(num_groups, -(-num_rows // wide.block_m))
     few = row_tiles * -(-spec.n // wide.block_n) < arch.num_sms * wide.per_sm
     groups = 0 if spec.layout == "one" else group_class(num_groups)
@@ -147,7 +161,7 @@ def group_class(num_groups: int) -> int:
 
 @cache
 def _configured(spec: GemmSpec, load: Workload, tile: Tile | None) -> Launch:
-    bits = spec.row_dtype.itemsize * 8
+    bits = bits_of(spec)
     tile = tile or tuned().get((bits, load.height, spec.gated, load.few))
     tile = tile or TILES[RULES[load.height, bits][load.few], bits]
     kernel = configured(spec, tile, load.groups, load.finishes)
@@ -186,5 +200,6 @@ def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmC
         gathered=spec.gathered,
         activation=PAIRED[spec.activation] if spec.gated else SINGLE[spec.activation],
         tail=tail,
+        scale_block=FP4_BLOCK.get(spec.kind, 0),
         turns=tile.turns and tile.consumers == 2 and spec.scale_rows > 0,
     )

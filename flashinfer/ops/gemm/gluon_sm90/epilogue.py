@@ -108,3 +108,26 @@ def put(value, staging, o_desc, target, row, left, column, counts, BOX: gl.const
             _put_rows(staging, target, row, left, column, counts)
     else:
         _put_rows(staging, target, row, left, column, counts)
+
+
+@jit
+def write(x, staging, o_desc, target, finish, groups, place, counts, BOX: gl.constexpr, cfg: gl.constexpr):
+    """Sums `[rows, columns]` to the output, from `place` on. BOX: rows are as many as TMA stores at once."""
+    group, row, left, column = place
+    # One part after the other: what is done to all sums at once takes more registers than there are.
+    WIDTH: gl.constexpr = cfg.out_part * (2 if cfg.gated else 1)
+    PARTS: gl.constexpr = x.shape[1] // WIDTH
+    parts = (x,)
+    if PARTS == 2:
+        parts = halves(x, WIDTH)
+    if PARTS == 4:
+        first, second = halves(x, 2 * WIDTH)
+        parts = halves(first, WIDTH) + halves(second, WIDTH)
+    for i in gl.static_range(PARTS):
+        at = (group, row, left, column + i * cfg.out_part)
+        if cfg.gated:
+            up, gate = halves(parts[i], cfg.gate_block)
+        else:
+            up, gate = parts[i], None
+        value = finished(up, gate, finish, groups, at, counts, cfg).to(o_desc.dtype)
+        put(value, staging, o_desc, target, row, left, at[3], counts, BOX)

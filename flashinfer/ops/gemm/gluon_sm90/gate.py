@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import torch
 
 from flashinfer.device.finish import Finish
-from flashinfer.ops.gemm.gluon_sm90.configs import COPY_REGISTERS, REGISTERS, RULES, TILES, configured
+from flashinfer.ops.gemm.gluon_sm90.configs import COPY_REGISTERS, REGISTERS, RULES, TILES, bits_of, configured
 from flashinfer.ops.gemm.gluon_sm90.epilogue import Target
 from flashinfer.ops.gemm.gluon_sm90.kernel import Shape, grouped_kernel
 from flashinfer.ops.gemm.gluon_sm90.launch import box_layout, boxes
+from flashinfer.ops.gemm.gluon_sm90.packed import BlockScales
 from flashinfer.ops.gemm.gluon_sm90.producer import Scattered
 from flashinfer.ops.gemm.gluon_sm90.scales import Scales
 from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
-from flashinfer.ops.gemm.spec import GemmSpec
+from flashinfer.ops.gemm.spec import FP4_BLOCK, GemmSpec
 from flashinfer.testing.gate import Constant, GateCase, case_of, tensor_map
 
 HOPPER = ("sm90",)
@@ -24,16 +25,17 @@ BASE = GemmSpec("plain", BF16, BF16, BF16, n=4096, k=4096)
 HALF = BASE._replace(row_dtype=FP16, weight_dtype=FP16, out_dtype=FP16)
 BLOCK = BASE._replace(kind="fp8_block", row_dtype=E4M3, weight_dtype=E4M3, scale_rows=1, scale_cols=128)
 TENSOR = BLOCK._replace(kind="fp8_tensor", scale_rows=0, scale_cols=0)
+MXFP4 = BASE._replace(kind="mxfp4", weight_dtype=torch.uint8)
 
 
 class Problem(NamedTuple):
-    """One compiled path. tiles: None for all of these operands. groups: their class."""
+    """One compiled path. tiles: None for all of these operands. groups: their class. max_spill_bytes: of the case."""
 
     name: str
     spec: GemmSpec
     tiles: tuple[str, ...] | None = None
     groups: int = 32
-    max_spill_bytes: int = 0
+    max_spill_bytes: int | None = 0
     taken: bool = True
 
 
@@ -42,6 +44,8 @@ CHOSEN = tuple(sorted({tile for (_, bits), tiles in RULES.items() if bits == 16 
 GATED = BLOCK._replace(activation="swiglu")
 MANY = BLOCK._replace(indexed=True, scale_rows=128)
 WIDEST = "128x256"
+PACKED, PACKED_PAIR = ("256x128", "128x128", "64x128"), ("64x128x2",)
+PACKED_UP = MXFP4._replace(activation="swiglu", bias=True, gathered=True)
 GATHERED_PAIRS = BASE._replace(gathered=True, activation="swiglu")
 PROBLEMS = (
     Problem("bf16", BASE),
@@ -64,23 +68,35 @@ PROBLEMS = (
     Problem("fp8_block_one", BLOCK._replace(layout="one"), ("128x256", "128x64", "64x64"), 0),
     Problem("fp8_tensor", TENSOR, ("128x256", "64x128")),
     Problem("fp8_tensor_swiglu", TENSOR._replace(activation="swiglu"), ("128x256",)),
+    Problem("mxfp4", MXFP4, PACKED),
+    Problem("mxfp4_swiglu", MXFP4._replace(activation="swiglu", bias=True, indexed=True), PACKED),
+    Problem("mxfp4_groups512", MXFP4._replace(indexed=True), ("256x128",), 512),
+    Problem("mxfp4_one", MXFP4._replace(layout="one"), ("128x128",), 0),
+    Problem("nvfp4", MXFP4._replace(kind="nvfp4"), PACKED),
+    Problem("nvfp4_swiglu", MXFP4._replace(kind="nvfp4", activation="swiglu"), ("256x128",)),
+    # What of these spills does so once a tile, not in its loop.
+    Problem("mxfp4", MXFP4, PACKED_PAIR, max_spill_bytes=None),
+    Problem("mxfp4_swiglu", MXFP4._replace(activation="swiglu", bias=True), PACKED_PAIR, max_spill_bytes=None),
+    Problem("mxfp4_moe_up", PACKED_UP, PACKED + PACKED_PAIR, 256, None),
+    Problem("mxfp4_row_weights", PACKED_UP._replace(activation="", row_weights=True), PACKED, max_spill_bytes=None),
+    Problem("nvfp4", MXFP4._replace(kind="nvfp4"), PACKED_PAIR, max_spill_bytes=None),
 )
 
 
 def cases() -> Iterator[GateCase]:
     """Each problem with each of its tiles; spills nowhere in a loop."""
     for problem in PROBLEMS:
-        bits = problem.spec.row_dtype.itemsize * 8
+        bits = bits_of(problem.spec)
         for name in problem.tiles or [tile for tile, width in TILES if width == bits]:
             yield _case(problem, name)
 
 
 def _case(problem: Problem, name: str) -> GateCase:
     spec = problem.spec
-    tile = TILES[name, spec.row_dtype.itemsize * 8]
+    tile = TILES[name, bits_of(spec)]
     finish = _finish(spec)
     config = configured(spec, tile, problem.groups, finish is not None)
-    int32, fp32 = torch.empty(0, dtype=torch.int32), torch.empty(0)
+    int32 = torch.empty(0, dtype=torch.int32)
     dtypes = (spec.row_dtype, spec.weight_dtype, spec.out_dtype)
     maps = [
         tensor_map(dtype, box, box_layout(len(box), box[-1], dtype.itemsize * 8))
@@ -105,21 +121,28 @@ def _case(problem: Problem, name: str) -> GateCase:
         "num_rows": 7,
         "num_groups": 7,
         "shape": Shape(16, 16),
-        "scales": Scales(fp32, 16, 1, fp32, 16, 16, 1) if spec.kind == "fp8_block" else None,
+        "scales": _scales(spec),
         "cfg": Constant(config),
         "CONSUMER_REGISTERS": Constant(consumer),
         "PRODUCER_REGISTERS": Constant(producer),
     }
     options = {"num_warps": 4, "maxnreg": start, "launch_pdl": True}
-    limits = {"max_spill_bytes": problem.max_spill_bytes}
+    limits: dict[str, Any] = {"max_spill_bytes": problem.max_spill_bytes}
     return case_of(f"{problem.name}.{name}", grouped_kernel, arguments, options=options, archs=HOPPER, **limits)
+
+
+def _scales(spec: GemmSpec) -> Scales | BlockScales | None:
+    fp32 = torch.empty(0)
+    if spec.kind in FP4_BLOCK:
+        return BlockScales(torch.empty(0, dtype=torch.uint8), 7, 7, 1)
+    return Scales(fp32, 16, 1, fp32, 16, 16, 1) if spec.kind == "fp8_block" else None
 
 
 def _finish(spec: GemmSpec) -> Finish | None:
     """Every parameter of the activation where there is a bias."""
     fp32 = torch.empty(0)
-    per_tensor = spec.kind == "fp8_tensor"
-    if not (spec.activation or spec.bias or spec.row_weights or per_tensor):
+    per_tensor, per_matrix = spec.kind == "fp8_tensor", spec.kind in ("fp8_tensor", "nvfp4")
+    if not (spec.activation or spec.bias or spec.row_weights or per_matrix):
         return None
     parameters = [fp32] * 3 if spec.activation == "swiglu" and spec.bias else [None] * 3
     return Finish(
@@ -128,6 +151,6 @@ def _finish(spec: GemmSpec) -> Finish | None:
         fp32 if spec.row_weights else None,
         *parameters,
         fp32 if per_tensor else None,
-        fp32 if per_tensor else None,
+        fp32 if per_matrix else None,
         1,
     )

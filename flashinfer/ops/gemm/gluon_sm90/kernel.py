@@ -30,6 +30,8 @@ from flashinfer.ops.gemm.gluon_sm90.schedule import Counts, tile_memory
 # Bytes of K in a tile: a TMA box is at most that wide under the widest swizzle.
 DEPTH_BYTES = 128
 FP8_BITS = 8
+# Rows stored at once, at most.
+OUT_ROWS = 128
 # Warps that bring tiles: one asks TMA, a warpgroup copies.
 TMA_WARPS, COPY_WARPS = 1, 4
 
@@ -59,11 +61,12 @@ class GemmConfig:
     split_rows: they share a tile by its rows, else by its columns. weights_first: weights are the product's rows.
     subtiles: products that a warpgroup's columns are made in. out_part: columns that it stores at once. band: tiles of
     rows worked on side by side. group_block: groups looked at at once, 0 where there is one group; many_groups: there
-    are more than that. bits: of an operand's element. n_major: weights are [W, K, N]. scale_rows: rows that share a
+    are more than that. bits: of an element of the rows. n_major: weights are [W, K, N]. scale_rows: rows that share a
     scale, 0 without block scales. tail: rows past a tile's that its group may have left, which it takes along.
     gate_block: of pairs, the columns of up that stand in shared memory before those of their gates. finishes: whether
     anything is done to the sums. gathered: rows are copied to their places, else they come by TMA. activation: a jitted
-    function or None. turns: two warpgroups issue fp8 products in turn.
+    function or None. turns: two warpgroups issue fp8 products in turn. scale_block: columns of 4-bit weights that share
+    a scale, 0 for other weights.
     """
 
     block_m: int
@@ -86,6 +89,7 @@ class GemmConfig:
     activation: Any
     turns: bool
     tail: int
+    scale_block: int
 
     @property
     def scaled(self) -> bool:
@@ -118,6 +122,11 @@ class GemmConfig:
         return DEPTH_BYTES * 8 // self.bits
 
     @property
+    def weight_depth(self) -> int:
+        """Elements of the weights' memory, along K, in a tile."""
+        return self.block_k // 2 if self.scale_block else self.block_k
+
+    @property
     def out_columns(self) -> int:
         """Columns of the output that a tile gives."""
         return self.block_n // 2 if self.gated else self.block_n
@@ -139,17 +148,17 @@ class GemmConfig:
 
     @property
     def out_rows(self) -> int:
-        """Rows that a warpgroup stores."""
-        return self.row_share or self.block_m
+        """Rows that a warpgroup stores at once."""
+        return self.row_share or min(self.block_m, OUT_ROWS)
 
 
 @jit
-def consumer(o_desc, rings, outputs, target, finish, groups, counts, CID: gl.constexpr, cfg: gl.constexpr):
+def consumer(o_desc, rings, outputs, target, finish, groups, counts, scales, CID: gl.constexpr, cfg: gl.constexpr):
     """One warpgroup's share of every tile."""
     if cfg.scaled:
         scaled_consumer(o_desc, rings, outputs.index(CID), target, finish, groups, counts, CID, cfg)
     else:
-        plain_consumer(o_desc, rings, outputs.index(CID), target, finish, groups, counts, CID, cfg)
+        plain_consumer(o_desc, rings, outputs.index(CID), target, finish, groups, counts, scales, CID, cfg)
 
 
 @constexpr_function
@@ -159,9 +168,12 @@ def shared_layout(columns, bits):
 
 
 @jit
-def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
+def _rings(w_type: gl.constexpr, cfg: gl.constexpr):
     """Those of the rows and of the weights, whose tiles come and go together, and what else comes with them."""
+    x_type: gl.constexpr = gl.bfloat16 if cfg.scale_block > 0 else w_type
     SHARED: gl.constexpr = shared_layout(cfg.block_k, cfg.bits)
+    DEPTH: gl.constexpr = cfg.weight_depth
+    WEIGHTS: gl.constexpr = shared_layout(DEPTH, w_type.primitive_bitwidth)
     STAGES: gl.constexpr = cfg.stages
     # TMA's bytes, and each thread that copies, rows or scales.
     ARRIVALS: gl.constexpr = 1 + cfg.producer_threads if cfg.gathered or cfg.scale_rows > 0 else 1
@@ -178,8 +190,8 @@ def _rings(x_type: gl.constexpr, cfg: gl.constexpr):
         BOXES: gl.constexpr = STAGES * cfg.block_n // cfg.block_k
         w_boxes = reinterpret(w_parts, x_type, [BOXES, cfg.block_k, cfg.block_k], SHARED)
     else:
-        w_boxes = gl.allocate_shared_memory(x_type, [STAGES, cfg.block_n, cfg.block_k], SHARED)
-        w_parts = reinterpret(w_boxes, x_type, [WEIGHT_PARTS, cfg.part_columns, cfg.block_k], SHARED)
+        w_boxes = gl.allocate_shared_memory(w_type, [STAGES, cfg.block_n, DEPTH], WEIGHTS)
+        w_parts = reinterpret(w_boxes, w_type, [WEIGHT_PARTS, cfg.part_columns, DEPTH], WEIGHTS)
     THREADS: gl.constexpr = cfg.producer_threads
     x_boxes = x
     if not cfg.gathered:
@@ -203,7 +215,8 @@ def grouped_kernel(x_source, w_desc, o_desc, target, finish, groups, num_rows, n
 
     x_source: a map of rows `[rows, K]`, or `Scattered`. Descriptors: weights `[W, N, K]`, n_major `[W, K, N]`,
     gated `[W, N / 2 / gate_block, 2, gate_block, K]`; out `[rows, columns]`; for their boxes see `launch.boxes`.
-    target: `Target`; finish: `Finish`, or None; groups: `Groups`; shape: `Shape`; scales: `Scales`, or None.
+    target: `Target`; finish: `Finish`, or None; groups: `Groups`; shape: `Shape`; scales: `Scales`,
+    `BlockScales`, or None.
     """
     counts = Counts(num_rows, num_groups, shape.columns, shape.depth)
     rings = _rings(w_desc.dtype, cfg)
@@ -218,8 +231,8 @@ def grouped_kernel(x_source, w_desc, o_desc, target, finish, groups, num_rows, n
     if cfg.consumers == 2:
         gl.warp_specialize(
             [
-                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, 0, cfg)),
-                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, 1, cfg)),
+                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 0, cfg)),
+                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 1, cfg)),
                 (producer, (sources, rings, groups, counts, scales, cfg)),
             ],
             [CONSUMER_WARPS, PRODUCER_WARPS],
@@ -228,7 +241,7 @@ def grouped_kernel(x_source, w_desc, o_desc, target, finish, groups, num_rows, n
     else:
         gl.warp_specialize(
             [
-                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, 0, cfg)),
+                (consumer, (o_desc, rings, outputs, target, finish, groups, counts, scales, 0, cfg)),
                 (producer, (sources, rings, groups, counts, scales, cfg)),
             ],
             [PRODUCER_WARPS],

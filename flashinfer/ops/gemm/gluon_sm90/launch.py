@@ -16,10 +16,11 @@ from flashinfer.device.gluon import gl
 from flashinfer.ops.gemm.gluon_sm90.configs import Launch, choose
 from flashinfer.ops.gemm.gluon_sm90.epilogue import Target
 from flashinfer.ops.gemm.gluon_sm90.kernel import GemmConfig, Shape, grouped_kernel
+from flashinfer.ops.gemm.gluon_sm90.packed import BlockScales
 from flashinfer.ops.gemm.gluon_sm90.producer import COPY, Scattered
 from flashinfer.ops.gemm.gluon_sm90.scales import Scales
 from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
-from flashinfer.ops.gemm.spec import Gemm, GemmSpec, Rows, Weights
+from flashinfer.ops.gemm.spec import FP4_BLOCK, Gemm, GemmSpec, Rows, Weights
 
 Box = tuple[int, ...]
 # Groups from which on tiles are taken by whoever is free: where warpgroups share a tile by its rows, the last one of
@@ -35,8 +36,7 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
         out, rows, weights = tensors.out, tensors.rows, tensors.weights
         num_rows, num_groups = out.shape[0], tensors.num_groups
         finish = finish_of(spec, tensors)
-        expected = tensors.expected_rows * num_groups or num_rows
-        launch = choose(spec, arch, expected, num_groups, finish is not None)
+        launch = choose(spec, arch, tensors.rows_at_once, num_groups, finish is not None)
         config, (start, consumer, producer) = launch.kernel, launch.registers
         indices = weights.indices
         tiles = most_tiles(config, spec, num_rows, num_groups)
@@ -44,7 +44,7 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
         taken = taken_of(config, num_groups, tiles, grid, out.device)
         groups = Groups(rows.indptr, rows.lengths, indices, 0 if indices is None else indices.stride(0), taken)
         target = Target(out, out.stride(0))
-        scales = scales_of(rows, weights) if spec.kind == "fp8_block" else None
+        scales = scales_of(spec, rows, weights)
         x_map, *maps = maps_of(config, tensors)
         scattered = scattered_of(rows)
         arguments = (
@@ -93,10 +93,10 @@ def box_layout(rank: int, columns: int, bits: int) -> gl.NVMMASharedLayout:
 
 def boxes(config: GemmConfig) -> tuple[Box, Box, Box]:
     """Of the rows, the weights and the output."""
-    depth = config.block_k
-    weights = (1, depth, depth) if config.n_major else (1, config.block_n, depth)
+    depth, weight_depth = config.block_k, config.weight_depth
+    weights = (1, depth, depth) if config.n_major else (1, config.block_n, weight_depth)
     if config.gated:
-        weights = (1, config.out_columns // config.gate_block, 2, config.gate_block, depth)
+        weights = (1, config.out_columns // config.gate_block, 2, config.gate_block, weight_depth)
     return (config.row_box, depth), weights, (config.out_rows, config.out_part)
 
 
@@ -141,7 +141,13 @@ def scattered_of(rows: Rows) -> Scattered | None:
     return Scattered(rows.values, rows.values.stride(0) // COPY.value, rows.indices)
 
 
-def scales_of(rows: Rows, weights: Weights) -> Scales:
+def scales_of(spec: GemmSpec, rows: Rows, weights: Weights) -> Scales | BlockScales | None:
+    """Those of blocks."""
+    if spec.kind in FP4_BLOCK:
+        assert weights.scale is not None
+        return BlockScales(weights.scale.view(torch.uint8), *weights.scale.stride())
+    if spec.kind != "fp8_block":
+        return None
     assert rows.scale is not None and weights.scale is not None
     return Scales(rows.scale, *rows.scale.stride(), weights.scale, *weights.scale.stride())
 

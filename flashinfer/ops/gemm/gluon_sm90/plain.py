@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from flashinfer.device.gluon import gl, jit, tma_store_wait, warpgroup_mma, warpgroup_mma_wait
-from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, finished, halves, put
+from flashinfer.ops.gemm.gluon_sm90.epilogue import accumulator_layout, write
+from flashinfer.ops.gemm.gluon_sm90.packed import multiply_packed
 from flashinfer.ops.gemm.gluon_sm90.schedule import takes_tail, told
 
 CONSUMER_WARPS = gl.constexpr(4)
@@ -42,29 +43,6 @@ def skip(rows, begin, end):
 
 
 @jit
-def _write(x, staging, o_desc, target, finish, groups, place, counts, BOX: gl.constexpr, cfg: gl.constexpr):
-    """Sums `[rows, columns]` to the output, from `place` on. BOX: rows are as many as TMA stores at once."""
-    group, row, left, column = place
-    # One part after the other: what is done to all sums at once takes more registers than there are.
-    WIDTH: gl.constexpr = cfg.out_part * (2 if cfg.gated else 1)
-    PARTS: gl.constexpr = x.shape[1] // WIDTH
-    parts = (x,)
-    if PARTS == 2:
-        parts = halves(x, WIDTH)
-    if PARTS == 4:
-        first, second = halves(x, 2 * WIDTH)
-        parts = halves(first, WIDTH) + halves(second, WIDTH)
-    for i in gl.static_range(PARTS):
-        at = (group, row, left, column + i * cfg.out_part)
-        if cfg.gated:
-            up, gate = halves(parts[i], cfg.gate_block)
-        else:
-            up, gate = parts[i], None
-        value = finished(up, gate, finish, groups, at, counts, cfg).to(o_desc.dtype)
-        put(value, staging, o_desc, target, row, left, at[3], counts, BOX)
-
-
-@jit
 def _multiply(rings, staging, o_desc, target, finish, groups, counts, done, place, CID: gl.constexpr,
               TAIL: gl.constexpr, cfg: gl.constexpr):  # fmt: skip
     """A warpgroup's share of a tile, from its products to the output."""
@@ -88,20 +66,22 @@ def _multiply(rings, staging, o_desc, target, finish, groups, counts, done, plac
         sums = (warpgroup_mma_wait(0, deps=[sums[0]]),)
     rows.release(end - 1)
     acc = sums[0].permute((1, 0)) if cfg.weights_first else sums[0]
-    _write(acc, staging, o_desc, target, finish, groups, place, counts, True, cfg)
+    write(acc, staging, o_desc, target, finish, groups, place, counts, True, cfg)
     if TAIL:
         group, row, left, column = place
         below = cfg.block_m - cfg.row_share * CID
         place = (group, row + below, left - below, column + cfg.out_columns // 2 * CID)
         half = staging.slice(0, cfg.tail)
-        _write(sums[1].permute((1, 0)), half, o_desc, target, finish, groups, place, counts, False, cfg)
+        write(sums[1].permute((1, 0)), half, o_desc, target, finish, groups, place, counts, False, cfg)
 
 
 @jit
-def _share(rings, staging, o_desc, target, finish, groups, counts, done, place, rest, CID: gl.constexpr,
-           cfg: gl.constexpr):  # fmt: skip
+def _one_tile(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, rest, CID: gl.constexpr,
+              cfg: gl.constexpr):  # fmt: skip
     """A warpgroup's share of a tile, with its tail or without one. rest: rows of the group from the tile's first on."""
-    if cfg.tail > 0:
+    if cfg.scale_block > 0:
+        multiply_packed(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, CID, cfg)
+    elif cfg.tail > 0:
         if takes_tail(rest, cfg):
             _multiply(rings, staging, o_desc, target, finish, groups, counts, done, place, CID, True, cfg)
         else:
@@ -111,7 +91,8 @@ def _share(rings, staging, o_desc, target, finish, groups, counts, done, place, 
 
 
 @jit
-def plain_consumer(o_desc, rings, staging, target, finish, groups, counts, CID: gl.constexpr, cfg: gl.constexpr):
+def plain_consumer(o_desc, rings, staging, target, finish, groups, counts, scales, CID: gl.constexpr,
+                   cfg: gl.constexpr):  # fmt: skip
     """One warpgroup's share of every tile."""
     rows = rings.rows
     ROW: gl.constexpr = cfg.row_share * CID
@@ -126,7 +107,7 @@ def plain_consumer(o_desc, rings, staging, target, finish, groups, counts, CID: 
         if rest <= ROW:
             skip(rows, done, done + steps)
         else:
-            _share(rings, staging, o_desc, target, finish, groups, counts, done, place, rest, CID, cfg)
+            _one_tile(rings, staging, o_desc, target, finish, groups, counts, scales, done, place, rest, CID, cfg)
         done += steps
         rows.wait(done)
         group, first, rest, column_tile = told(rings.tiles, rows.stage(done), CONSUMER_WARPS)

@@ -30,7 +30,8 @@ class Scattered(NamedTuple):
 
 @jit
 def _load_weights(w_desc, weights, n, which, column, k, cfg: gl.constexpr):
-    """Tile n of the weights: those of output columns from `column` on, K from k on."""
+    """Tile n of the weights: those of output columns from `column` on, step k of K."""
+    k *= cfg.weight_depth
     BOXES: gl.constexpr = weights.BOXES
     for i in gl.static_range(BOXES):
         if cfg.gated:
@@ -92,7 +93,7 @@ def _tma_producer(sources, rings, groups, counts, scales, cfg: gl.constexpr):
             if k == 0:
                 tell(rings.tiles, rows.stage(n), group, row, left, column_tile, WARPS)
             _load_rows(x_desc, rings, n, source, left, k * cfg.block_k, cfg)
-            _load_weights(w_desc, weights, n, which, column, k * cfg.block_k, cfg)
+            _load_weights(w_desc, weights, n, which, column, k, cfg)
             if cfg.scale_rows > 0:
                 copy_scales(rings.beside, rows.stage(n), scales, (which, row, column), k, counts, cfg)
                 rows.deliver(n)
@@ -138,7 +139,7 @@ def _copying_producer(sources, rings, groups, counts, cfg: gl.constexpr):
             if k == 0:
                 tell(rings.tiles, rows.stage(n), group, row, left, column_tile, WARPS)
             weights.expect(n)
-            _load_weights(w_desc, weights, n, which, column_tile * cfg.out_columns, k * cfg.block_k, cfg)
+            _load_weights(w_desc, weights, n, which, column_tile * cfg.out_columns, k, cfg)
             columns = (k * cfg.block_k + offs_k)[None, :]
             copy_load(rows.box(n, 0), begin[:, None] + columns, mask=mask[:, None])
             if cfg.tail > 0:
