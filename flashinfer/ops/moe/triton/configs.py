@@ -21,7 +21,7 @@ FEW_TOKENS = 64
 # Up to so many pairs each program finds its own among them, which saves a launch.
 SCAN = 64
 # Programs an SM that keep the memory busy to the end.
-WAVES = 4
+WAVES = 3
 MAX_SPLITS = 8
 # Pairs that one program sorts, beyond which there are several, as many as run at once.
 SORT_ALONE = 512

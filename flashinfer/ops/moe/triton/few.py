@@ -128,12 +128,18 @@ def weight_tile(w, at, mask_r, k, depth, cfg: tl.constexpr):
 
 
 @triton.jit
-def spread_fp4(codes, w, at_scale, mask_r, k, dtype: tl.constexpr, cfg: tl.constexpr):
+def fp4_scales(w, at_scale, mask_r, k, cfg: tl.constexpr):
+    """Codes `[block_r, block_k / 32]` of the scales of a tile from column `k` on."""
+    offs = k // 32 + tl.arange(0, cfg.block_k // 32)
+    mask = mask_r[:, None] & (offs < cfg.depth // 32)[None, :]
+    return tl.load(at_scale[:, None] + offs[None, :] * w.scale_k, mask=mask, other=0)
+
+
+@triton.jit
+def spread_fp4(codes, scales, dtype: tl.constexpr, cfg: tl.constexpr):
     """Numbers `[block_r, block_k]` of packed codes, times the scales of their 32 columns; exact in 16 bits."""
     BLOCKS: tl.constexpr = cfg.block_k // 32
-    offs = k // 32 + tl.arange(0, BLOCKS)
-    mask = mask_r[:, None] & (offs < cfg.depth // 32)[None, :]
-    factor = decode_ue8m0(tl.load(at_scale[:, None] + offs[None, :] * w.scale_k, mask=mask, other=0))
+    factor = decode_ue8m0(scales)
     if cfg.fp4_pairs and dtype == tl.bfloat16:
         return decode_e2m1_pairs(codes, factor)
     else:
@@ -182,6 +188,8 @@ def sums(x, w, at, at_scale, mask_r, x_row, mask_m, k_begin, k_end, cfg: tl.cons
     if cfg.blocks:
         # The last parts of a split may have no columns.
         factor = block_factors(x, w, at_scale, mask_r, x_row, mask_m, tl.minimum(k_begin, cfg.depth - 1), cfg)
+    elif cfg.fp4:
+        factor = fp4_scales(w, at_scale, mask_r, k_begin, cfg)
     for k in tl.range(k_begin, k_end, cfg.block_k, num_stages=cfg.num_stages):
         offs_k = k + tl.arange(0, cfg.block_k)
         mask = mask_m[:, None]
@@ -204,7 +212,8 @@ def sums(x, w, at, at_scale, mask_r, x_row, mask_m, k_begin, k_end, cfg: tl.cons
         elif cfg.fp8:
             acc = multiplied(from_fp8(tile, cfg), from_fp8(rows, cfg), acc, cfg)
         elif cfg.fp4:
-            acc = multiplied(spread_fp4(tile, w, at_scale, mask_r, k, rows.dtype, cfg), rows, acc, cfg)
+            acc = multiplied(spread_fp4(tile, factor, rows.dtype, cfg), rows, acc, cfg)
+            factor = fp4_scales(w, at_scale, mask_r, k + cfg.block_k, cfg)
         else:
             acc = multiplied(tile, rows, acc, cfg)
     return acc if cfg.weights_left else acc.T
