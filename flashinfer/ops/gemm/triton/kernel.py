@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from flashinfer.device.finish import add_bias, factor_of
-from flashinfer.ops.gemm.triton.operands import load_fp4, load_matrix, load_rows, matrix_scales, row_scales
+from flashinfer.ops.gemm.triton.operands import fp4_scales, load_fp4, load_matrix, load_rows, matrix_scales, row_scales
 from flashinfer.ops.gemm.triton.schedule import count_tiles, find_tile
 
 
@@ -47,10 +47,13 @@ class GemmConfig:
 
 
 @triton.jit
-def multiply_tile(acc, x, x_scale, w_desc, weights, w, col, k, num_cols, depth, cfg: tl.constexpr):
-    """acc plus the product of rows `x` with the tile of matrix `w` from (col, k) on; transposed if swapped."""
+def multiply_tile(acc, x, x_scale, w_desc, weights, w, scales, col, k, num_cols, depth, cfg: tl.constexpr):
+    """acc plus the product of rows `x` with the tile of matrix `w` from (col, k) on; transposed if swapped.
+
+    scales: of fp4, of that tile.
+    """
     if cfg.packed == 2:
-        y = load_fp4(w_desc, weights, w, col, k, num_cols, depth, x.dtype, cfg)
+        y = load_fp4(w_desc, weights, w, scales, col, k, num_cols, depth, x.dtype, cfg)
     else:
         y = load_matrix(w_desc, weights, w, col, k, num_cols, depth, cfg)
     if cfg.kind == "fp8_block":
@@ -113,12 +116,23 @@ def grouped_gemm_kernel(
             source = tl.load(rows[2] + source, mask=exists, other=0).to(tl.int64)
         up = tl.zeros([ACC_M, ACC_N], tl.float32)
         gate = up
+        up_scales, gate_scales = 0, 0
+        if cfg.packed == 2:
+            # Asked for a step ahead: they are too narrow for the pipeline that brings rows and weights.
+            up_scales = fp4_scales(weights, tl.maximum(w, 0), col, 0, num_cols, end, cfg)
+            if cfg.gated:
+                gate_scales = fp4_scales(weights, tl.maximum(w, 0), out_cols + col, 0, num_cols, end, cfg)
         for k in tl.range(0, end, cfg.block_k):
             x = load_rows(x_desc, rows, row, source, exists, k, depth, cfg)
             x_scale = row_scales(rows, source, exists, k, cfg) if cfg.kind == "fp8_block" else 0.0
-            up = multiply_tile(up, x, x_scale, w_desc, weights, w, col, k, num_cols, depth, cfg)
+            up = multiply_tile(up, x, x_scale, w_desc, weights, w, up_scales, col, k, num_cols, depth, cfg)
             if cfg.gated:
-                gate = multiply_tile(gate, x, x_scale, w_desc, weights, w, out_cols + col, k, num_cols, depth, cfg)
+                at = out_cols + col
+                gate = multiply_tile(gate, x, x_scale, w_desc, weights, w, gate_scales, at, k, num_cols, depth, cfg)
+            if cfg.packed == 2:
+                up_scales = fp4_scales(weights, w, col, k + cfg.block_k, num_cols, depth, cfg)
+                if cfg.gated:
+                    gate_scales = fp4_scales(weights, w, out_cols + col, k + cfg.block_k, num_cols, depth, cfg)
         if cfg.swap:
             up = up.T
             gate = gate.T

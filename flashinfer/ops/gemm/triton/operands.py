@@ -69,18 +69,23 @@ def load_matrix(w_desc, weights, w, col, k, num_cols, depth, cfg: tl.constexpr):
 
 
 @triton.jit
-def load_fp4(w_desc, weights, w, col, k, num_cols, depth, dtype: tl.constexpr, cfg: tl.constexpr):
+def fp4_scales(weights, w, col, k, num_cols, depth, cfg: tl.constexpr):
+    """Codes `[block_n, block_k / scale_block]` of the scales of matrix `w` from (col, k) on; zeros past the end."""
+    offs_n = col + tl.arange(0, cfg.block_n)
+    offs_s = k // cfg.scale_block + tl.arange(0, cfg.block_k // cfg.scale_block)
+    at = weights[6] + w.to(tl.int64) * weights[7]
+    at += offs_n.to(tl.int64)[:, None] * weights[8] + offs_s[None, :] * weights[9]
+    mask = (offs_n < num_cols)[:, None] & (offs_s < depth // cfg.scale_block)[None, :]
+    return tl.load(at, mask=mask, other=0)
+
+
+@triton.jit
+def load_fp4(w_desc, weights, w, scales, col, k, num_cols, depth, dtype: tl.constexpr, cfg: tl.constexpr):
     """`load_matrix` of packed fp4, as numbers of `dtype`: code times scale is exact in 16 bits."""
     BYTES: tl.constexpr = cfg.block_k // 2
     BLOCKS: tl.constexpr = cfg.block_k // cfg.scale_block
     packed = load_matrix(w_desc, weights, w, col, k // 2, num_cols, depth // 2, cfg)
-    offs_n = col + tl.arange(0, cfg.block_n)
-    offs_s = k // cfg.scale_block + tl.arange(0, BLOCKS)
-    at = weights[6] + w.to(tl.int64) * weights[7]
-    at += offs_n.to(tl.int64)[:, None] * weights[8] + offs_s[None, :] * weights[9]
-    mask = (offs_n < num_cols)[:, None] & (offs_s < depth // cfg.scale_block)[None, :]
-    code = tl.load(at, mask=mask, other=0)
-    factor = decode_ue8m0(code) if cfg.kind == "mxfp4" else decode_fp8(code, 3)
+    factor = decode_ue8m0(scales) if cfg.kind == "mxfp4" else decode_fp8(scales, 3)
     if cfg.fp4_pairs:
         return decode_e2m1_pairs(packed, factor)
     else:
