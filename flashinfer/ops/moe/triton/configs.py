@@ -75,14 +75,18 @@ def slots_of(spec: MoESpec, tokens: int) -> int:
 
 
 def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
-    """By rule: tiles of 16 KB, three or four on their way; enough programs that the memory never rests."""
+    """By rule: tiles of 16 KB, three or four on their way; enough programs that the memory never rests.
+
+    On Hopper small ones of 4-bit weights: programs that decode keep each other company.
+    """
     bits = {"plain": 8 * spec.weight_dtype.itemsize, "mxfp4": 4}.get(spec.kind, 8)
     many_rows = block_m(spec, arch, tokens) > 32
-    block_k = 128 if bits <= 16 else 64
-    block_r = 128 if bits < 16 and arch.has_wgmma else 64
+    decoded = bits == 4 and arch.has_wgmma
+    block_k = 64 if decoded or bits > 16 else 128
+    block_r = 128 if bits == 8 and arch.has_wgmma else 64
     # Weights that are converted in registers want more threads, and so do sums beside those of a block of 32 rows.
     as_stored = bits >= 16 or (spec.kind == "fp8_block" and arch.converts_to_fp8 and block_m(spec, arch, tokens) == 16)
-    num_warps = 4 if as_stored else 8
+    num_warps = 4 if as_stored or decoded else 8
     if many_rows and not arch.has_wgmma:
         num_warps = 8
     depth = spec.hidden_size if first else spec.intermediate_size
@@ -92,7 +96,7 @@ def default_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
         splits = max(1, min(triton.cdiv(WAVES * arch.num_sms, programs), depth // (4 * block_k), MAX_SPLITS))
     if spec.kind in ("plain", "fp8_tensor"):
         block_k, splits = _without_rest(depth, block_k, splits)
-    stages = 3 if many_rows else 4
+    stages = 3 if many_rows else 6 if decoded else 4
     # Shared memory holds the tiles of both sides.
     itemsize = 1 if spec.kind == "fp8_block" else spec.dtype.itemsize if first else spec.hidden_dtype.itemsize
     row_bytes = block_k * itemsize * block_m(spec, arch, tokens)
