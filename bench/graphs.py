@@ -181,7 +181,10 @@ def _capture_peer(
     with ExitStack() as opened:
         before = torch.cuda.memory_allocated()
         calls = [opened.enter_context(peer.open(row.shape, inputs[0]))]
-        plan = make_plan(ms, peer.computes(row.shape).num_bytes, torch.cuda.memory_allocated() - before, l2)
+        own_bytes = torch.cuda.memory_allocated() - before
+        plan = make_plan(ms, peer.computes(row.shape).num_bytes, own_bytes, l2)
+        # What reads the row's inputs as they are has no more copies than there are of these.
+        plan = plan._replace(cold=plan.cold and (own_bytes > 0 or plan.copies <= len(inputs)))
         for i in range(1, plan.copies):
             calls.append(opened.enter_context(peer.open(row.shape, inputs[i % len(inputs)])))
         replay = capture(calls, plan.calls, device)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from flashinfer.core import replay
 from flashinfer.core.arch import arch_of
 from flashinfer.ops import gemm
 from flashinfer.ops.gemm import Activation, Epilogue, Rows, Weights
@@ -120,10 +121,23 @@ def test_every_tile(every_tile: Each, rng: random.Random, dtype: torch.dtype, st
         check(problem, name)
 
 
+@pytest.fixture(params=["dealt", "counted"])
+def taking(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether programs take tiles by turns, or a counter's next ones however few there are."""
+    from flashinfer.ops.gemm.gluon_sm90 import launch
+
+    monkeypatch.setattr(launch, "DRIFT_GROUPS", 1 if request.param == "counted" else 1 << 30)
+    monkeypatch.setattr(launch, "DRIFT_TILES", 0)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("gathered", [False, True])
-@pytest.mark.parametrize(("activation", "n"), [(None, 584), ("swiglu", 528)])
-def test_tails(gathered: bool, activation: str | None, n: int) -> None:
-    """Groups that end on, before and after the rows that a last tile takes along; K of one tile, and of many."""
+@pytest.mark.parametrize(("activation", "n"), [(None, 1096), ("swiglu", 1056)])
+def test_tails(gathered: bool, activation: str | None, n: int, taking: str) -> None:
+    """Groups that end on, before and after the rows that a last tile takes along; K of one tile, and of many.
+
+    More tiles than programs.
+    """
     sizes = [1, 32, 127, 128, 129, 0, 159, 160, 161, 191, 256, 257, 288, 289, 416, 417, 130, 150]
     with imposed(tiles(16)["128x256t"]):
         for k in (64, 704):
@@ -282,7 +296,7 @@ def test_numbers_of_groups(every_tile: Each, rng: random.Random, groups: int) ->
         check(replace(plain(sizes, 72, 64), weights=Weights(weights, indices)), name)
 
 
-@pytest.mark.parametrize("room", [20, 128, 200])
+@pytest.mark.parametrize("room", [20, 128, 150, 200])
 @pytest.mark.parametrize("bits", [16, 8])
 def test_padded_groups(every_tile: Each, bits: int, room: int) -> None:
     lengths = [room, 0, 1, room // 2, room - 1]
@@ -336,7 +350,7 @@ RANDOM += [("fp8", tile) for tile in ("128x256", "128x64", "64x128", "64x64")]
 
 
 @pytest.mark.parametrize(("kind", "name"), RANDOM)
-def test_random_splits(kind: str, name: str, rng: random.Random) -> None:
+def test_random_splits(kind: str, name: str, rng: random.Random, taking: str) -> None:
     """250 splits of each kernel, one launch after another without a wait, then each judged."""
     groups, total, n, k = rng.choice([3, 17, 60]), 2000, 264 if kind == "half" else 256, 128
     base = (plain if kind == "half" else fp8_blocks)([total // groups] * groups, n, k)
@@ -378,7 +392,7 @@ def bound(every: torch.Tensor, k: int) -> float:
     return largest * (torch.finfo(torch.float16).eps + 2.0**-13) + k * torch.finfo(torch.float32).eps * largest
 
 
-def test_repeats_bit_for_bit(every_tile: Each) -> None:
+def test_repeats_bit_for_bit(every_tile: Each, taking: str) -> None:
     """A race would show as a difference."""
     for bits in (16, 8):
         problem = (plain if bits == 16 else fp8_blocks)([400, 1000, 7, 0, 600, 64], 2048, 1024)
@@ -388,7 +402,7 @@ def test_repeats_bit_for_bit(every_tile: Each) -> None:
                 assert torch.equal(first, gemm.grouped_gemm(problem.rows, problem.weights)[:2071]), name
 
 
-def test_launches_wait_for_each_other() -> None:
+def test_launches_wait_for_each_other(taking: str) -> None:
     """Programs are set up while the launch before runs; its results are the rows of the next."""
     weights = Weights(normal(4, 256, 256) / 16)
     indptr = torch.tensor([0, 300, 300, 900, 1100], dtype=torch.int32, device=DEVICE)
@@ -411,17 +425,35 @@ def test_offsets_past_two_to_the_31(side: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "others", "n"), [("64x256", 0, 256), ("128x256", 16, 2048), ("128x256t", 16, 2048)])
-def test_graph_replays_with_other_group_sizes(name: str, others: int, n: int) -> None:
+def test_graph_replays_with_other_group_sizes(name: str, others: int, n: int, taking: str) -> None:
     """Of many groups, too, whose tiles are counted as programs take them: each replay counts anew."""
     with imposed(tiles(16)[name]):
         check_replays([0] * others, n)
+
+
+@pytest.mark.parametrize("kind", ["half", "fp8"])
+def test_repeated_calls_count_anew(kind: str, taking: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that are only launched again, with other tensors: all tiles once, whoever takes them."""
+    make = plain if kind == "half" else fp8_blocks
+    replay.forget()
+    for repeated in range(3):
+        problem = make([150] * 24, 2048, 256)
+        out = poisoned((problem.num_rows, 2048), torch.float16, DEVICE)
+        if repeated:
+            with monkeypatch.context() as patch:
+                patch.setattr(gemm, "multiply", None)
+                gemm.grouped_gemm(problem.rows, problem.weights, out=out)
+        else:
+            gemm.grouped_gemm(problem.rows, problem.weights, out=out)
+        assert torch.equal(out[: 150 * 24], check(problem)[: 150 * 24])
+    replay.forget()
 
 
 def check_replays(others: list[int], n: int) -> None:
     problem = plain([40, 60, 0, 100, *others], n, 128, torch.bfloat16)
     out = torch.empty(problem.num_rows, n, dtype=torch.bfloat16, device=DEVICE)
     graph = captured(lambda: gemm.grouped_gemm(problem.rows, problem.weights, out=out))
-    for sizes in ([200, 0, 0, 0], [0, 1, 198, 1], [50, 50, 50, 50], [0, 0, 0, 0]):
+    for sizes in ([200, 0, 0, 0], [0, 1, 198, 1], [150, 50, 0, 0], [50, 50, 50, 50], [0, 0, 0, 0]):
         fresh = plain([*sizes, *others], n, 128, torch.bfloat16)
         problem.rows.indptr.copy_(fresh.rows.indptr)
         problem.spans = fresh.spans

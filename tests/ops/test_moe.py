@@ -67,8 +67,9 @@ def test_swiglu_parameters(tokens: int, device: str) -> None:
     check(x, routes_of(tokens, SMALL, device), experts._replace(activation=Activation("swiglu", *parameters)))
 
 
-@pytest.mark.parametrize("tokens", [FEW, SORTED, MANY])
+@pytest.mark.parametrize("tokens", [FEW, 40, SORTED, MANY])
 def test_all_tokens_to_one_expert(tokens: int, device: str) -> None:
+    """More than a tile of rows, of which programs find their own pairs (40), too."""
     x = torch.randn(tokens, SMALL.hidden, device=device)
     ids = torch.full((tokens, 1), 3, dtype=torch.int32, device=device)
     routes = Routes(ids, torch.rand(tokens, 1, device=device))

@@ -141,9 +141,11 @@ def test_who_counts_tiles() -> None:
     """Where warpgroups share tiles by their rows, of many groups, and programs have more than one each."""
     wide, narrow = (configs.configured(gate.BASE, configs.TILES[name, 16], 32, False) for name in ("128x256", "64x256"))
     cpu = torch.device("cpu")
-    counts = [launch.taken_of(wide, 16, 133, 132, cpu), launch.taken_of(wide, 15, 999, 132, cpu)]
-    counts += [launch.taken_of(wide, 99, 132, 132, cpu), launch.taken_of(narrow, 99, 999, 132, cpu)]
-    assert [count is not None for count in counts] == [True, False, False, False]
+    alone = configs.configured(gate.BLOCK, configs.TILES["64x64", 8], 32, False)
+    counts = [launch.taken_of(wide, 16, 528, 132, cpu), launch.taken_of(wide, 15, 999, 132, cpu)]
+    counts += [launch.taken_of(wide, 99, 527, 132, cpu), launch.taken_of(narrow, 99, 999, 132, cpu)]
+    counts += [launch.taken_of(alone, 99, 999, 132, cpu)]
+    assert [count is not None for count in counts] == [True, False, False, False, False]
     assert counts[0] is not None and counts[0].tolist() == [0]
 
 

@@ -89,7 +89,8 @@ TILES = {
     ("64x128x2", 4): Tile(64, 128, 5, weights_first=True, per_sm=2),
 }
 # By rows a group and bits of the narrower operand, for tiles enough for all multiprocessors and for fewer. From rates
-# on an H200 (bench/results/trial-grouped-tiles.txt and trial-fp8-scales.txt, 2026-11-22); of 4 bits, not yet measured.
+# on an H200 (bench/results/trial-grouped-tiles.txt, trial-tails.txt, trial-fp8-scales.txt, trial-fp4-hopper.txt,
+# 2026-11-22).
 RULES = {
     (16, 16): ("swap16", "swap16"),
     (32, 16): ("swap32", "swap32"),
@@ -179,6 +180,7 @@ def configured(spec: GemmSpec, tile: Tile, groups: int, finishes: bool) -> GemmC
     many = groups > GROUP_BLOCK[1]
     # Of weights [W, K, N] no part of the columns lies by itself.
     tail = 0 if spec.transposed or spec.layout == "one" else tile.tail
+    assert not tail or (bits == 16 and tile.split_rows and tile.consumers == 2), "no other consumer knows of tails"
     return GemmConfig(
         block_m=tile.block_m,
         block_n=tile.block_n,

@@ -23,9 +23,9 @@ from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
 from flashinfer.ops.gemm.spec import FP4_BLOCK, Gemm, GemmSpec, Rows, Weights
 
 Box = tuple[int, ...]
-# Groups from which on tiles are taken by whoever is free: where warpgroups share a tile by its rows, the last one of
-# each group takes less time than others, and programs that were to share weights have soon drifted apart.
-DRIFT_GROUPS = 16
+# Groups, and tiles a program, from which on tiles are taken by whoever is free: where warpgroups share a tile by its
+# rows, the last one of each group takes less time than others, and programs that were to share weights drift apart.
+DRIFT_GROUPS, DRIFT_TILES = 16, 4
 _launch = Prebound(grouped_kernel)
 
 
@@ -74,9 +74,14 @@ def most_tiles(config: GemmConfig, spec: GemmSpec, num_rows: int, num_groups: in
     return row_tiles * -(-spec.out_cols // config.out_columns)
 
 
+def shares_rows(config: GemmConfig) -> bool:
+    """Whether warpgroups share a tile by its rows, so that the end of a group is less work."""
+    return config.split_rows and config.consumers > 1
+
+
 def taken_of(config: GemmConfig, num_groups: int, tiles: int, grid: int, device: torch.device) -> torch.Tensor | None:
     """The counter of tiles taken, where programs would drift apart; filling it takes a launch."""
-    if not config.split_rows or num_groups < DRIFT_GROUPS or tiles <= grid:
+    if not shares_rows(config) or num_groups < DRIFT_GROUPS or tiles < DRIFT_TILES * grid:
         return None
     return replay.zeros(1, device)
 

@@ -10,6 +10,7 @@ import triton
 
 from flashinfer.core.arch import Arch
 from flashinfer.core.tuning import generation, tuned
+from flashinfer.ops.gemm import MAP_BYTES
 from flashinfer.ops.moe.spec import BLOCK, MoESpec
 from flashinfer.ops.moe.triton.combine import CombineConfig
 from flashinfer.ops.moe.triton.few import FewConfig
@@ -141,16 +142,20 @@ def tuning_key(spec: MoESpec, tokens: int, first: bool) -> str:
 
 
 def tiles_of(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
-    """The measured ones if they are still candidates, or the default."""
+    """The measured ones, or the default."""
     return _tiles_of(spec, arch, token_class(tokens), first, generation())
 
 
 @lru_cache(maxsize=4096)
 def _tiles_of(spec: MoESpec, arch: Arch, tokens: int, first: bool, generation: int) -> Tiles:
+    return measured_tiles(spec, arch, tokens, first) or default_tiles(spec, arch, tokens, first)
+
+
+def measured_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles | None:
+    """What was measured, if it is still a candidate: a file of other rules may hold what nobody compiles today."""
     found = tuned(tuning_key(spec, tokens, first), arch)
-    # A file of other rules may hold tiles that would write past the results of today's.
     known = {tuple(tiles): tiles for tiles in candidates(spec, arch, tokens, first)} if found else {}
-    return known.get(found) or default_tiles(spec, arch, tokens, first)
+    return known.get(found)
 
 
 def few_config(spec: MoESpec, arch: Arch, tokens: int, tiles: Tiles, first: bool, early: bool) -> FewConfig:
@@ -206,10 +211,12 @@ def rows_config(arch: Arch, quantise: bool, early: bool) -> RowsConfig:
 def pays_for_neighbours(spec: MoESpec, arch: Arch, num_pairs: int) -> bool:
     """Whether rows side by side, which TMA brings faster than threads gather them, save more than a copy of them costs.
 
-    They save about 7 % of a product that multiplies all the time (bench/results/trial-tails.txt).
+    They save about 7 % of a product of 16-bit rows that multiplies all the time (bench/results/trial-tails.txt), 13 %
+    with 4-bit weights (trial-fp4-hopper.txt).
     """
     many = num_pairs >= NEIGHBOUR_ROWS * spec.num_experts
-    return arch.has_wgmma and many and spec.fc1_rows >= NEIGHBOUR_COLUMNS
+    by_map = arch.has_wgmma and spec.dtype.itemsize == 2 and spec.hidden_size * 2 % MAP_BYTES == 0
+    return by_map and many and spec.fc1_rows >= NEIGHBOUR_COLUMNS
 
 
 def sort_config(spec: MoESpec, early: bool) -> SortConfig:

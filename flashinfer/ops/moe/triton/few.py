@@ -1,7 +1,8 @@
 """Both products for few tokens: every program reads a tile of one expert's weights once, for all rows it has.
 
-The time is that of reading weights, so programs are many and their loads deep; a tile of rows is as high as all
-tokens. The sums of a tile whose columns are split go to parts of their own, which `combine_kernel` adds in order.
+The time is that of reading weights, so programs are many and their loads deep; a tile of rows is as high as what an
+expert hardly has more of. The sums of a tile whose columns are split go to parts of their own, which `combine_kernel`
+adds in order.
 """
 
 from __future__ import annotations
