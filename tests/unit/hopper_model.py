@@ -2,7 +2,8 @@
 
 A role (a warp or a warpgroup) is a generator that yields one operation at a time. TMA loads and stores and products
 finish at a random later time; a random scheduler decides who goes on. What real hardware would answer with a hang or
-with garbage is a `ProtocolError`. A warpgroup is one thread here: what its threads owe each other is not looked at.
+with garbage is a `ProtocolError`. A warpgroup that multiplies is one thread here: what its threads owe each other is
+not looked at. Warps that copy can be roles each, of one team.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 HARDWARE_BARRIERS, BOX_BYTES = 16, 2048
@@ -30,11 +31,20 @@ def check(condition: object, message: str) -> None:
 
 
 class Role:
-    """A warp or a warpgroup; `ready`: whether what it waits for has come."""
+    """A warp or a warpgroup; `ready`: whether what it waits for has come.
 
-    def __init__(self, name: str, warps: int, steps: Steps) -> None:
-        self.name, self.threads, self.steps = name, 32 * warps, steps
+    team: warps that run one program side by side, itself included; what one thread of them does, the first one does.
+    sees: stores of numbers that came before whatever it does next.
+    """
+
+    def __init__(self, name: str, warps: int, steps: Steps, team: tuple[str, ...]) -> None:
+        self.name, self.threads, self.steps, self.team = name, 32 * warps, steps, team
         self.ready: Condition = lambda: True
+        self.sees: set[object] = set()
+
+    @property
+    def leads(self) -> bool:
+        return self.name == self.team[0]
 
 
 class HardwareBarrier:
@@ -67,8 +77,11 @@ class Gpu:
         self.turn: str | None = None
         self.unfenced: set[Box] = set()
 
-    def start(self, name: str, warps: int, steps: Steps) -> None:
-        self.roles[name] = Role(name, warps, steps)
+    def start(self, name: str, warps: int, steps: Steps, team: tuple[str, ...] = ()) -> None:
+        self.roles[name] = Role(name, warps, steps, team or (name,))
+
+    def others(self, role: Role) -> set[str]:
+        return set(self.roles).difference(role.team)
 
     def fly(self, role: Role, kind: str, land: Callable[[], None]) -> None:
         self.flights.setdefault((role.name, kind), []).append(land)
@@ -95,9 +108,11 @@ class Gpu:
     def step(self, role: Role) -> None:
         operation = next(role.steps, None)
         if operation is None:
-            left = [kind for kind in ("load", "copy", "store", "product") if self.in_flight(role, kind)]
-            check(not left, f"{role.name} left with a {left} in flight")
+            # Somebody waits for what is copied: it is enough that not all have left.
+            left: list[object] = [kind for kind in ("load", "store", "product") if self.in_flight(role, kind)]
             del self.roles[role.name]
+            left += [] if self.roles else [queue for queue, flights in self.flights.items() if flights]
+            check(not left, f"{role.name} left with a {left} in flight")
         else:
             role.ready = operation(self, role) or (lambda: True)
 
@@ -117,37 +132,54 @@ def named_arrive(barrier: int, threads: int) -> Operation:
 
 
 class mbarrier:
-    """A phase ends when `count` roles have arrived and all announced bytes have."""
+    """A phase ends when `count` roles have arrived and all announced bytes; who waits for it sees what they saw."""
 
     def __init__(self, count: int = 1) -> None:
         self.count = count
         self.arrivals = self.bytes = self.phase = 0
+        self.coming: set[object] = set()
+        self.shows: set[object] = set()
 
-    def update(self, arrivals: int, bytes: int) -> None:
+    def update(self, arrivals: int, bytes: int, seen: Iterable[object] = ()) -> None:
         self.arrivals += arrivals
         self.bytes += bytes
+        self.coming.update(seen)
         check(self.arrivals <= self.count and self.bytes >= 0, "mbarrier arrived at twice in a phase")
         if self.arrivals == self.count and self.bytes == 0:
             self.arrivals = 0
             self.phase += 1
+            self.shows |= self.coming
+            self.coming.clear()
 
     def expect(self, bytes: int) -> Operation:
-        return lambda gpu, me: self.update(1, bytes)
+        """By one thread."""
+        return lambda gpu, me: self.update(1, bytes, me.sees) if me.leads else None
 
     def wait(self, parity: int, pred: bool = True) -> Operation:
-        return lambda gpu, me: lambda: not pred or self.phase % 2 != parity
+        def operation(gpu: Gpu, me: Role) -> Condition:
+            def over() -> bool:
+                if pred and self.phase % 2 != parity:
+                    me.sees |= self.shows
+                return not pred or self.phase % 2 != parity
+
+            return over
+
+        return operation
 
 
 class Box:
     """Shared memory of one TMA box. owners: consumers that have yet to release it; readers: reads in flight.
 
-    unfenced: roles whose asynchronous reads do not see yet what threads wrote there.
+    unfenced: roles whose asynchronous reads do not see yet what threads wrote there. loading: parts of `coming` that
+    have yet to land.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, bytes: int = BOX_BYTES) -> None:
+        self.bytes = bytes
         self.unfenced: set[str] = set()
         self.holds: Tile | None = None
-        self.loading = False
+        self.coming: Tile | None = None
+        self.loading = 0
         self.owners: set[str] = set()
         self.readers = 0
 
@@ -172,7 +204,29 @@ class Box:
         return operation
 
 
+class Readable(Box):
+    """Threads read it, at once: that takes no fence."""
+
+    def load(self, tile: Tile) -> Operation:
+        return Part([self]).load(tile)
+
+    def slice(self, begin: int, rows: int) -> Readable:
+        return self
+
+
 class Part(list[Box]):
+    def load(self, tile: Tile) -> Operation:
+        """By threads, at once: that takes no fence."""
+
+        def operation(gpu: Gpu, me: Role) -> None:
+            for box in self:
+                check(box.holds == tile, f"{me.name} reads {box.holds} and means {tile}")
+
+        return operation
+
+    def slice(self, begin: int, rows: int) -> Part:
+        return self
+
     def store(self, tile: Tile) -> Operation:
         def operation(gpu: Gpu, me: Role) -> None:
             for box in self:
@@ -181,21 +235,61 @@ class Part(list[Box]):
         return operation
 
 
-def _overwrite(gpu: Gpu, me: Role, tile: Tile, box: Box) -> None:
+class Word:
+    """A number in shared memory, which threads store and load.
+
+    A load sees a store only where an arrival on an mbarrier, by who stored, came after it, and the end of that phase
+    before the load. Warps of a team all store the same. owners: roles that have yet to release it.
+    """
+
+    def __init__(self) -> None:
+        self.value = 0
+        self.stores: dict[str, object] = {}
+        self.owners: set[str] = set()
+        self.loaded = False
+
+    def store(self, value: int) -> Operation:
+        def operation(gpu: Gpu, me: Role) -> None:
+            if not self.stores or me.name in self.stores:
+                check(not self.owners, f"{me.name} stores {value} over {self.value} before its release")
+                self.value, self.stores, self.owners, self.loaded = value, {}, gpu.others(me), False
+            check(value == self.value and not self.loaded, f"{me.name} stores {value} where {self.value} is read")
+            self.stores[me.name] = object()
+            me.sees.add(self.stores[me.name])
+
+        return operation
+
+    def load(self, numbers: list[int]) -> Operation:
+        """Appends to `numbers`."""
+
+        def operation(gpu: Gpu, me: Role) -> None:
+            seen = self.stores and me.sees.issuperset(self.stores.values())
+            check(seen and me.name in self.owners, f"{me.name} reads a number that it need not see")
+            self.loaded = True
+            numbers.append(self.value)
+
+        return operation
+
+
+def _overwrite(gpu: Gpu, me: Role, tile: Tile, box: Box, parts: int) -> None:
     check(not box.readers, f"{tile} overwrites {box.holds} while it is read")
     check(not box.owners and not box.loading, f"{tile} overwrites {box.holds} before its release")
-    box.holds, box.loading = None, True
-    box.owners = set(gpu.roles) - {me.name}
+    box.holds, box.coming, box.loading = None, tile, parts
+    box.owners = gpu.others(me)
     box.unfenced.clear()
 
 
 def tma_load(tile: Tile, landing: mbarrier, box: Box) -> Operation:
+    """By one thread."""
+
     def operation(gpu: Gpu, me: Role) -> None:
-        _overwrite(gpu, me, tile, box)
+        if not me.leads:
+            return
+        _overwrite(gpu, me, tile, box, 1)
 
         def land() -> None:
-            box.holds, box.loading = tile, False
-            landing.update(0, -BOX_BYTES)
+            box.holds, box.loading = tile, 0
+            landing.update(0, -box.bytes)
 
         gpu.fly(me, "load", land)
 
@@ -203,17 +297,20 @@ def tma_load(tile: Tile, landing: mbarrier, box: Box) -> Operation:
 
 
 def copy_load(part: Part, tile: Tile) -> Operation:
-    """A copy by threads."""
+    """A copy by threads, of which each warp of a team does a part."""
 
     def operation(gpu: Gpu, me: Role) -> None:
         for box in part:
-            _overwrite(gpu, me, tile, box)
-            box.unfenced |= box.owners
+            if not box.loading or box.coming != tile:
+                _overwrite(gpu, me, tile, box, len(me.team))
+                box.unfenced |= box.owners
         gpu.unfenced.update(part)
 
         def land() -> None:
             for box in part:
-                box.holds, box.loading = tile, False
+                box.loading -= 1
+                if not box.loading:
+                    box.holds = tile
 
         gpu.fly(me, "copy", land)
 
@@ -222,16 +319,26 @@ def copy_load(part: Part, tile: Tile) -> Operation:
 
 def copy_arrive(landing: mbarrier) -> Operation:
     """Arrives when all copies before it have landed, so that one queue can hold both."""
-    return lambda gpu, me: gpu.fly(me, "copy", lambda: landing.update(1, 0))
+
+    def operation(gpu: Gpu, me: Role) -> None:
+        seen = set(me.sees)
+        gpu.fly(me, "copy", lambda: landing.update(1, 0, seen))
+
+    return operation
 
 
-def tma_store(tile: Tile, box: Box) -> Operation:
+def rows_from(tile: Tile, rows: int) -> list[Tile]:
+    name, first, rest = tile
+    return [(name, first + i, rest) for i in range(rows)]
+
+
+def tma_store(tile: Tile, box: Box, rows: int = 1) -> Operation:
     def operation(gpu: Gpu, me: Role) -> None:
         box.begin_read(me, tile)
 
         def land() -> None:
             box.readers -= 1
-            gpu.written[tile] += 1
+            gpu.written.update(rows_from(tile, rows))
 
         gpu.fly(me, "store", land)
 
@@ -255,8 +362,8 @@ def partition_barrier() -> Operation:
     return lambda gpu, me: None
 
 
-def plain_store(tile: Tile, boxes: int) -> Operation:
-    return lambda gpu, me: gpu.written.update({tile: boxes})
+def plain_store(tile: Tile, boxes: int, rows: int = 1) -> Operation:
+    return lambda gpu, me: gpu.written.update(dict.fromkeys(rows_from(tile, rows), boxes))
 
 
 def warpgroup_mma(*operands: tuple[Part, Tile]) -> Operation:

@@ -9,22 +9,32 @@ from pathlib import Path
 # The operations that count: how many leading arguments both sides spell alike.
 OPERATIONS = {
     **dict.fromkeys(("acquire", "deliver", "release", "drain", "take", "give", "begin", "end"), 9),
-    **dict.fromkeys(("named_sync", "named_arrive", "expect", "wait", "copy_arrive", "landing", "box", "part"), 9),
+    **dict.fromkeys(
+        ("named_sync", "named_arrive", "expect", "wait", "copy_arrive", "landing", "box", "part", "index"), 9
+    ),
     **dict.fromkeys(("_queries", "_fill", "_copy", "_zero_tail", "Turns", "skip"), 3),
-    **dict.fromkeys(("product", "_product"), 2),
+    **dict.fromkeys(("tell", "expect_nothing"), 6),
+    **dict.fromkeys(("tile_at", "_numbers"), 3),
+    **dict.fromkeys(("_product", "told", "place_after", "takes_tail", "_end"), 2),
     **dict.fromkeys(("tma_store_wait", "warpgroup_mma_wait"), 1),
     **dict.fromkeys(("tma_load", "tma_store", "copy_load", "warpgroup_mma", "load", "store"), 0),
     **dict.fromkeys(
         ("fence_async_shared", "partition_barrier", "_first", "_step", "_last", "_write", "put", "_pass"), 0
     ),
-    **dict.fromkeys(("_load_weights", "_multiply", "_share", "_pass", "_write_sums", "copy_scales", "factors_here"), 0),
+    **dict.fromkeys(("_load_weights", "_load_rows", "_multiply", "_share", "_write_sums", "copy_scales"), 0),
+    **dict.fromkeys(("factors_here", "_one_tile", "multiply_packed", "_multiply_rows", "_operand", "write"), 0),
+    **dict.fromkeys(("_put_rows",), 0),
 }
 
 
 def operations(node: ast.AST, where: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """(loop or condition, ..., operation) in the order in which they run."""
-    if isinstance(node, (ast.If, ast.For)):
-        inner = f"if {ast.unparse(node.test)}" if isinstance(node, ast.If) else f"for {ast.unparse(node.target)}"
+    if isinstance(node, (ast.If, ast.For, ast.While)):
+        if isinstance(node, ast.For):
+            inner = f"for {ast.unparse(node.target)}"
+        else:
+            yield from operations(node.test, where)
+            inner = f"{'if' if isinstance(node, ast.If) else 'while'} {ast.unparse(node.test)}"
         for statement in node.body:
             yield from operations(statement, (*where, inner))
         for statement in node.orelse:

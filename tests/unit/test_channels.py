@@ -106,6 +106,9 @@ class Ring:
     def expect(self, n: int, BESIDE: int = 0) -> Steps:
         yield mbarrier.expect(self.full.index(self.stage(n)), self.BYTES + BESIDE)
 
+    def expect_nothing(self, n: int) -> Steps:
+        yield mbarrier.expect(self.full.index(self.stage(n)), 0)
+
     def deliver(self, n: int) -> Steps:
         yield copy_arrive(self.full.index(self.stage(n)))
 
@@ -115,8 +118,8 @@ class Ring:
     def landing(self, n: int) -> mbarrier:
         return self.full.index(self.stage(n))
 
-    def drain(self, n: int) -> Steps:
-        for i in range(max(n - self.STAGES, 0), n):
+    def drain(self, n: int, BEYOND: int = 0) -> Steps:
+        for i in range(max(n + BEYOND - self.STAGES, 0), n):
             yield named_sync(self.EMPTY + self.stage(i), self.THREADS)
 
     def wait(self, n: int, pred: bool = True) -> Steps:
@@ -474,9 +477,9 @@ def test_mutants_fail(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 PACKAGE = Path(__file__).parents[2] / "flashinfer"
 HOPPER = "ops/attention/gluon_sm90"
+CHANNEL = ("acquire", "expect", "expect_nothing", "deliver", "drain", "wait", "release")
 SOURCES = {
-    "device/channels.py": [f"Ring.{x}" for x in ("acquire", "expect", "deliver", "drain", "wait", "release")]
-    + [f"Turns.{x}" for x in ("begin", "take", "give", "end")],
+    "device/channels.py": [f"Ring.{x}" for x in CHANNEL] + [f"Turns.{x}" for x in ("begin", "take", "give", "end")],
     f"{HOPPER}/producer.py": ["_queries", "_fill", "tma_producer", "_copy", "copying_producer"],
     f"{HOPPER}/kernel.py": ["_zero_tail", "_first", "_step", "_last", "_write", "_consumer"],
 }

@@ -1,41 +1,33 @@
-"""The barriers of the grouped products under random schedules, by the model of `test_channels`.
+"""The barriers of the grouped products under random schedules, by the model in `grouped_model`.
 
-The functions mirror the kernel in `ops/gemm/gluon_sm90`, name by name, less the arithmetic.
+`test_model_mirrors_the_kernel` compares it with `ops/gemm/gluon_sm90`, file by file: operations, their order, and the
+loops and conditions around them. Configurations are the kernel's own; what `_rings` makes of them, and the numbers of
+threads and arrivals, are the reader's to compare.
 """
 
 from __future__ import annotations
 
+import inspect
 import random
-import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
-from tests.unit import test_channels
-from tests.unit.hopper_model import (
-    Box,
-    Gpu,
-    Operation,
-    Part,
-    Steps,
-    Tile,
-    assert_found,
-    check,
-    copy_load,
-    fence_async_shared,
-    mbarrier,
-    partition_barrier,
-    plain_store,
-    tma_load,
-    tma_store,
-    tma_store_wait,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
+pytest.importorskip("triton")
+
+from flashinfer.ops.gemm.gluon_sm90 import gate
+from flashinfer.ops.gemm.gluon_sm90.configs import TILES, bits_of, configured
+from flashinfer.ops.gemm.gluon_sm90.kernel import GemmConfig
+from flashinfer.ops.gemm.spec import GemmSpec
+from tests.unit import grouped_model, test_channels
+from tests.unit.grouped_model import epilogue, kernel, packed, plain, producer, scaled
+from tests.unit.grouped_model.schedule import Groups
+from tests.unit.hopper_model import Gpu, Steps, assert_found, partition_barrier
 from tests.unit.outline import outline
 from tests.unit.test_channels import (
-    Barriers,
     Ring,
     Turns,
     deliver_at_once,
@@ -45,404 +37,232 @@ from tests.unit.test_channels import (
     wait_for_the_other_phase,
 )
 
-FIRST_BARRIER, PRODUCER_THREADS, COPYING_THREADS = 6, 32, 128
-# Of an mbarrier of tiles whose rows or scales are copied: the announcement of TMA's bytes, and the copying warps.
-ARRIVALS = 2
+MOST_STAGES = 10
 
 
-class Config(NamedTuple):
-    """As `GemmConfig`, of small tiles. steps: tiles of K; out_parts: stores of a warpgroup's tile."""
+def draw_rows(rng: random.Random, cfg: GemmConfig) -> list[int]:
+    """Rows from the first of each of 0 to 9 tiles on: many, a tile's and its tail's, a tile's, and fewer."""
+    some = [1000, cfg.block_m + cfg.tail, cfg.block_m + 1, cfg.block_m, cfg.out_rows]
+    return [rng.choice([*some, rng.randint(1, cfg.block_m + cfg.tail)]) for _ in range(rng.randint(0, 9))]
 
-    stages: int = 4
-    consumers: int = 2
-    split_rows: bool = True
-    scaled: bool = False
-    gated: bool = False
-    subtiles: int = 1
-    out_parts: int = 1
-    steps: int = 3
-    block_m: int = 8
-    out_part: int = 1
-    scale_rows: int = 0
-    gathered: bool = False
-    turns: bool = False
 
-    @property
-    def row_share(self) -> int:
-        return self.block_m // self.consumers if self.split_rows else 0
+def run(rng: random.Random, cfg: GemmConfig) -> None:
+    """One program of up to three, of as many steps of K as stages hold, of fewer or of more."""
+    groups = Groups(rng, draw_rows(rng, cfg), rng.randint(1, 3), rng.random() < 0.5)
+    kernel.grouped_kernel(Gpu(rng), groups, rng.randint(1, (cfg.stages + 2) * cfg.block_k), cfg)
+
+
+class Case(NamedTuple):
+    """A tile of a kind of product, with this many stages."""
+
+    spec: GemmSpec
+    tile: str
+    stages: int
 
     @property
-    def out_rows(self) -> int:
-        return self.row_share or self.block_m
-
-
-class Sums(NamedTuple):
-    """Columns are counted in those of a store."""
-
-    shape: tuple[int, int]
-
-
-class Place(NamedTuple):
-    """A warpgroup's share of a tile: its number among the program's, the rows of the group left, the warpgroup."""
-
-    t: int
-    left: int
-    CID: int
-
-
-class Scale(Box):
-    """A value of each row, or of a part of the weights, that threads copy and threads read, at once."""
-
-    def slice(self, begin: int, rows: int) -> Scale:
-        return self
-
-    def load(self, tile: Tile) -> Operation:
-        return lambda gpu, me: check(self.holds == tile, f"{me.name} reads {self.holds} and means {tile}")
-
-
-class Scales(Ring):
-    """Memory that comes and goes with a ring's tiles."""
-
-    def __init__(self, beside: Ring, per_stage: int) -> None:
-        super().__init__(beside.STAGES, per_stage, per_stage, beside.EMPTY, 0, False, beside=beside)
-        self.boxes = [Scale() for _ in self.boxes]
-
-    def index(self, i: int) -> Scale:
-        box = self.boxes[i]
-        assert isinstance(box, Scale)
-        return box
-
-
-Rings = tuple[Ring, Ring, tuple[Scales, Scales]]
-
-
-def _load_weights(w_desc: str, weights: Ring, n: int, place: tuple[int, int]) -> Steps:
-    BOXES = weights.BOXES
-    for i in range(BOXES):
-        yield tma_load((w_desc, *place), weights.landing(n), weights.box(n, i))
-
-
-def copy_scales(tiles: tuple[Scales, Scales], stage: int, place: tuple[int, int]) -> Steps:
-    of_rows, of_parts = tiles
-    PARTS = of_parts.PARTS
-    yield copy_load(Part([of_rows.index(stage)]), ("SX", *place))
-    for i in range(PARTS):
-        yield copy_load(Part([of_parts.index(stage * PARTS + i)]), (f"SW{i}", *place))
-
-
-def _tma_producer(rings: Rings, tiles: list[int], cfg: Config) -> Steps:
-    x_desc, w_desc = "X", "W"
-    rows, weights = rings[0], rings[1]
-    steps = cfg.steps
-    done = 0
-    for t in range(0, len(tiles)):
-        for k in range(0, steps):
-            n = done + k
-            yield from rows.acquire(n)
-            yield from rows.expect(n, weights.BYTES)
-            yield from _load_weights(w_desc, weights, n, (t, k))
-            yield tma_load((x_desc, t, k), rows.landing(n), rows.box(n, 0))
-            if cfg.scale_rows > 0:
-                yield from copy_scales(rings[2], rows.stage(n), (t, k))
-                yield from rows.deliver(n)
-        done += steps
-    yield from rows.drain(done)
-
-
-def _copying_producer(rings: Rings, tiles: list[int], cfg: Config) -> Steps:
-    w_desc = "W"
-    rows, weights = rings[0], rings[1]
-    steps = cfg.steps
-    done = 0
-    for t in range(0, len(tiles)):
-        for k in range(0, steps):
-            n = done + k
-            yield from rows.acquire(n)
-            yield from weights.expect(n)
-            yield from _load_weights(w_desc, weights, n, (t, k))
-            yield copy_load(Part([rows.box(n, 0)]), ("X", t, k))
-            yield from rows.deliver(n)
-        done += steps
-    yield from rows.drain(done)
-
-
-def product(rings: Rings, n: int, place: tuple[int, int], CID: int, cfg: Config) -> Steps:
-    rows, weights = rings[0], rings[1]
-    x = rows.part(n, CID if cfg.split_rows else 0)
-    w = weights.part(n, 0 if cfg.split_rows else CID)
-    yield warpgroup_mma((x, ("X", *place)), (w, ("W", *place)))
-
-
-def skip(rows: Ring, begin: int, end: int) -> Steps:
-    for n in range(begin, end):
-        yield from rows.wait(n)
-        yield from rows.release(n)
-
-
-class Staging(Box):
-    """Threads read back what threads wrote, at once: that takes no fence."""
-
-    def load(self, tile: Tile) -> Operation:
-        return lambda gpu, me: check(self.holds == tile, f"{me.name} reads {self.holds} and means {tile}")
-
-
-def put(value: Tile, staging: Staging, left: int, cfg: Config) -> Steps:
-    ROWS = cfg.out_rows
-    yield tma_store_wait(0)
-    yield partition_barrier()
-    yield staging.store(value)
-    if left >= ROWS:
-        yield fence_async_shared()
-        yield tma_store(value, staging)
-    else:
-        yield staging.load(value)
-        yield plain_store(value, 1)
-
-
-def output(place: Place, i: int) -> Tile:
-    return f"O{i}", place.t, place.CID
-
-
-def _write(staging: Staging, place: Place, cfg: Config) -> Steps:
-    x = Sums((64, cfg.out_parts))
-    if cfg.gated:  # noqa: SIM114
-        yield from put(output(place, 0), staging, place.left, cfg)
-    elif x.shape[1] == cfg.out_part:
-        yield from put(output(place, 0), staging, place.left, cfg)
-    else:
-        for i in range(2):
-            yield from put(output(place, i), staging, place.left, cfg)
-
-
-def _multiply(rings: Rings, staging: Staging, done: int, place: Place, cfg: Config) -> Steps:
-    rows, t, CID = rings[0], place.t, place.CID
-    end = done + cfg.steps
-    yield from rows.wait(done)
-    yield from product(rings, done, (t, 0), CID, cfg)
-    yield warpgroup_mma_wait(1)
-    for n in range(done + 1, end):
-        yield from rows.wait(n)
-        yield from product(rings, n, (t, n - done), CID, cfg)
-        yield warpgroup_mma_wait(1)
-        yield from rows.release(n - 1)
-    yield warpgroup_mma_wait(0)
-    yield from rows.release(end - 1)
-    yield from _write(staging, place, cfg)
-
-
-def plain_consumer(rings: Rings, staging: Staging, tiles: list[int], CID: int, cfg: Config) -> Steps:
-    rows = rings[0]
-    ROW = cfg.row_share * CID
-    steps = cfg.steps
-    done = 0
-    for t in range(0, len(tiles)):
-        rest = tiles[t]
-        place = Place(t, rest - ROW, CID)
-        if ROW == 0:  # noqa: SIM114
-            yield from _multiply(rings, staging, done, place, cfg)
-        elif rest > ROW:
-            yield from _multiply(rings, staging, done, place, cfg)
-        else:
-            yield from skip(rows, done, done + steps)
-        done += steps
-    yield tma_store_wait(0)
-
-
-def factors_here(tiles: tuple[Scales, Scales], stage: int, FIRST_ROW: int, FIRST_PART: int, place: tuple[int, int],
-                 cfg: Config) -> Steps:  # fmt: skip
-    of_rows, of_parts = tiles
-    PARTS, ALL = cfg.subtiles, of_parts.PARTS
-    yield of_rows.index(stage).slice(FIRST_ROW, 64).load(("SX", *place))
-    for i in range(PARTS):
-        yield of_parts.index(stage * ALL + FIRST_PART + i).load((f"SW{FIRST_PART + i}", *place))
-
-
-def _product(x: tuple[Part, Tile], weights: Ring, n: int, PART: int, turns: Turns, cfg: Config) -> Steps:
-    if cfg.turns:
-        yield from turns.take()
-    yield warpgroup_mma(x, (weights.part(n, PART), ("W", *x[1][1:])))
-    if cfg.turns:
-        yield from turns.give()
-
-
-def _share(rings: Rings, turns: Turns, done: int, end: int, place: Place, cfg: Config) -> Steps:
-    rows, weights = rings[0], rings[1]
-    CID = place.CID
-    PARTS = cfg.subtiles
-    FIRST = 0 if cfg.split_rows else CID * PARTS
-    for n in range(done, end):
-        yield from rows.wait(n)
-        x = (rows.part(n, CID if cfg.split_rows else 0), ("X", place.t, n - done))
-        if cfg.scale_rows > 0:
-            at = (place.t, n - done)
-            yield from factors_here(rings[2], rows.stage(n), cfg.row_share * CID, FIRST, at, cfg)
-        for i in range(PARTS - 1):
-            yield from _product(x, weights, n, FIRST + i, turns, cfg)
-            yield warpgroup_mma_wait(0)
-            yield from rows.wait(n)
-        yield from _product(x, weights, n, FIRST + PARTS - 1, turns, cfg)
-        yield warpgroup_mma_wait(0)
-        yield from rows.release(n)
-
-
-def _pass(rows: Ring, turns: Turns, begin: int, end: int, cfg: Config) -> Steps:
-    PARTS = cfg.subtiles
-    for n in range(begin, end):
-        yield from rows.wait(n)
-        if cfg.turns:
-            for _ in range(PARTS):
-                yield from turns.take()
-                yield from turns.give()
-        yield from rows.release(n)
-
-
-def _write_sums(staging: Staging, place: Place, cfg: Config) -> Steps:
-    if cfg.gated:
-        yield from put(output(place, 0), staging, place.left, cfg)
-    else:
-        PARTS = cfg.subtiles
-        for i in range(PARTS):
-            yield from put(output(place, i), staging, place.left, cfg)
-
-
-def scaled_consumer(rings: Rings, staging: Staging, tiles: list[int], CID: int, cfg: Config) -> Steps:
-    rows = rings[0]
-    ROW = cfg.row_share * CID
-    steps = cfg.steps
-    done = 0
-    turns = Turns(FIRST_BARRIER + cfg.stages, CID, cfg.consumers)
-    if cfg.turns:
-        yield from turns.begin()
-    for t in range(0, len(tiles)):
-        rest = tiles[t]
-        place = Place(t, rest - ROW, CID)
-        end = done + steps
-        if ROW > 0:
-            end = end if rest > ROW else done
-        yield from _share(rings, turns, done, end, place, cfg)
-        if ROW > 0:
-            yield from _pass(rows, turns, end, done + steps, cfg)
-        if rest > ROW:
-            yield from _write_sums(staging, place, cfg)
-        done += steps
-    if cfg.turns:
-        yield from turns.end()
-    yield tma_store_wait(0)
-
-
-def grouped_kernel(gpu: Gpu, tiles: list[int], cfg: Config) -> None:
-    """Run one program to its end and look at what it leaves. tiles: the rows of its group from each on."""
-    shared = (cfg.stages, FIRST_BARRIER, COPYING_THREADS if cfg.gathered else PRODUCER_THREADS)
-    row_parts = cfg.consumers if cfg.split_rows else 1
-    weight_parts = (1 if cfg.split_rows else cfg.consumers) * cfg.subtiles
-    rows = Ring(shared[0], row_parts, 1, *shared[1:], cfg.gathered, cfg.consumers)
-    if cfg.gathered or cfg.scale_rows > 0:
-        rows.full = Barriers(mbarrier(ARRIVALS) for _ in range(cfg.stages))
-    weights = Ring(shared[0], weight_parts, 1, *shared[1:], False, cfg.consumers, beside=rows)
-    rings = rows, weights, (Scales(rows, 1), Scales(rows, weight_parts))
-    warps, producer = (4, _copying_producer) if cfg.gathered else (1, _tma_producer)
-    gpu.start("producer", warps, producer(rings, tiles, cfg))
-    consumer = scaled_consumer if cfg.scaled else plain_consumer
-    for CID in range(cfg.consumers):
-        gpu.start(f"consumer {CID}", 4, consumer(rings, Staging(), tiles, CID, cfg))
-    gpu.run()
-    check(not any(at.came for at in gpu.barriers), "a named barrier is left half counted")
-    check(not any(at.arrivals or at.bytes for at in rows.full), "an mbarrier is left in the middle of a phase")
-    parts = (1 if cfg.gated else cfg.subtiles) if cfg.scaled else cfg.out_parts
-    expected = {
-        (f"O{i}", t, CID): 1
-        for t, rest in enumerate(tiles)
-        for CID in range(cfg.consumers)
-        for i in range(parts)
-        if rest > cfg.row_share * CID
-    }
-    check(gpu.written == expected, "outputs are missing or written twice")
-
-
-# ---- The tests
-
-
-def draw_tiles(rng: random.Random, cfg: Config) -> list[int]:
-    """0 to 6 tiles: whole, of some rows, and of so few that a warpgroup has none."""
-    return [rng.choice([100, cfg.block_m, rng.randint(1, cfg.block_m)]) for _ in range(rng.randint(0, 6))]
-
-
-PLAIN = [
-    Config(stages, consumers, split_rows, out_parts=out_parts, steps=steps)
-    for stages in (2, 3, 4, 6)
-    for consumers, split_rows in ((2, True), (2, False), (1, True))
-    for out_parts, steps in ((1, 1), (2, 5))
-]
-GATHERED = [cfg._replace(gathered=True) for cfg in PLAIN if cfg.consumers == 2]
-SCALED = [
-    Config(stages, consumers, split_rows, True, gated, subtiles, steps=steps)
-    for stages in (2, 6)
-    for consumers, split_rows in ((2, True), (2, False), (1, True))
-    for gated, subtiles, steps in ((False, 1, 1), (False, 2, 5), (True, 2, 3))
-]
-COPIED = [cfg._replace(scale_rows=1) for cfg in SCALED]
-# Eight stages and two turns are all the barriers there are.
-TURNS = [cfg._replace(turns=True, stages=stages) for cfg in COPIED if cfg.consumers == 2 for stages in (cfg.stages, 8)]
-
-
-@pytest.mark.parametrize("cfg", PLAIN + GATHERED + SCALED + COPIED + TURNS, ids=str)
-def test_random_schedules(cfg: Config, rng: random.Random) -> None:
-    for _ in range(15):
-        grouped_kernel(Gpu(rng), draw_tiles(rng, cfg), cfg)
-
-
-def pass_no_turns(rows: Ring, turns: Turns, begin: int, end: int, cfg: Config) -> Steps:
-    yield from skip(rows, begin, end)
-
-
-HERE = sys.modules[__name__]
-ROWS = Config(gathered=True)
-BLOCKS = Config(scaled=True, subtiles=2, scale_rows=1, turns=True)
-MUTANTS = {
-    "released before the read completed": (HERE, "warpgroup_mma_wait", no_wait, Config(), "while it is read"),
-    "sums used before they are there": (HERE, "warpgroup_mma_wait", no_wait, Config(scaled=True), "while it is read"),
-    "output buffer in use": (HERE, "tma_store_wait", no_wait, Config(out_parts=2), "stored into a box in use"),
-    "no drain": (Ring, "drain", no_steps, Config(), "half counted"),
-    "acquires at once": (Ring, "acquire", no_steps, Config(), "before its release|arrived at twice"),
-    "stores without a fence": (HERE, "fence_async_shared", partition_barrier, Config(), "before a fence"),
-    "waits for the other phase": (Ring, "wait", wait_for_the_other_phase, Config(), "reads None and means"),
-    "does not wait for tiles": (Ring, "wait", no_steps, Config(), "reads None and means"),
-    "never releases": (Ring, "release", no_steps, Config(), "deadlock"),
-    "keeps the tiles it skips": (HERE, "skip", no_steps, Config(), "deadlock"),
-    "producer not counted": (HERE, "PRODUCER_THREADS", 0, Config(), "more threads at a barrier than it counts"),
-    "scales not delivered": (Ring, "deliver", no_steps, BLOCKS, "deadlock"),
-    "scales delivered before they land": (Ring, "deliver", deliver_at_once, BLOCKS, "reads None and means .'S"),
-    "scales not counted": (HERE, "ARRIVALS", 1, BLOCKS, "reads None and means|arrived at twice"),
-    "scales counted twice": (HERE, "ARRIVALS", 3, BLOCKS, "deadlock"),
-    "scales not waited for": (Ring, "wait", no_steps, BLOCKS, "reads None and means .'S"),
-    "tiles passed without their turns": (HERE, "_pass", pass_no_turns, BLOCKS, "deadlock|half counted"),
-    "gives the turn twice": (Turns, "give", give_twice, BLOCKS, "have the turn at once"),
-    "keeps the turn": (Turns, "give", no_steps, BLOCKS, "deadlock"),
-    "nobody begins": (Turns, "begin", no_steps, BLOCKS, "deadlock"),
-    "nobody takes the last turn": (Turns, "end", no_steps, BLOCKS, "half counted"),
-    "copying warps not counted": (HERE, "COPYING_THREADS", 32, ROWS, "more threads at a barrier than it counts"),
-    "copies without a fence": (test_channels, "fence_async_shared", partition_barrier, ROWS, "before a fence"),
-    "rows not delivered": (Ring, "deliver", no_steps, ROWS, "deadlock"),
-    "rows delivered before they land": (Ring, "deliver", deliver_at_once, ROWS, "reads"),
-    "too many counted": (HERE, "PRODUCER_THREADS", 64, Config(), "deadlock"),
+    def cfg(self) -> GemmConfig:
+        tile = TILES[self.tile, bits_of(self.spec)]
+        return configured(self.spec, tile._replace(stages=self.stages), 32, False)
+
+
+PAIRS = gate.BASE._replace(activation="swiglu")
+GATHERED = gate.BASE._replace(gathered=True)
+SPECS = {
+    "plain": gate.BASE,
+    "pairs": PAIRS,
+    "kn": gate.BASE._replace(transposed=True),
+    "gathered": GATHERED,
+    "gathered_pairs": PAIRS._replace(gathered=True),
+    "fp8_tensor": gate.TENSOR,
+    "fp8_tensor_pairs": gate.TENSOR._replace(activation="swiglu"),
+    "fp8_block": gate.BLOCK,
+    "fp8_block_pairs": gate.GATED,
+    "mxfp4": gate.MXFP4,
+    "mxfp4_gathered_pairs": gate.PACKED_UP,
 }
+CASES = {
+    f"{name}.{tile}.{stages}": Case(spec, tile, stages)
+    for name, spec in SPECS.items()
+    for (tile, bits), made in TILES.items()
+    for stages in sorted({2, 3, made.stages})
+    if bits == bits_of(spec)
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_random_schedules(case: str, rng: random.Random) -> None:
+    cfg = CASES[case].cfg
+    for _ in range(12):
+        run(rng, cfg)
+
+
+def test_every_kind_of_configuration_is_run() -> None:
+    """As the cases come from the kernel's tiles, a kind could be lost with one of them."""
+    made = [case.cfg for case in CASES.values()]
+    kinds: list[Callable[[GemmConfig], object]] = [
+        lambda cfg: cfg.tail and cfg.gathered,
+        lambda cfg: cfg.tail and not cfg.gathered,
+        lambda cfg: cfg.tail and cfg.gated,
+        lambda cfg: cfg.scale_block and cfg.block_m > cfg.out_rows,
+        lambda cfg: cfg.scale_block and cfg.gathered,
+        lambda cfg: cfg.turns and cfg.subtiles > 1,
+        lambda cfg: cfg.scale_rows and not cfg.turns,
+        lambda cfg: cfg.n_major,
+        lambda cfg: cfg.consumers == 1,
+    ]
+    assert all(any(map(kind, made)) for kind in kinds)
+    assert max(cfg.stages + 2 * cfg.turns for cfg in made) <= MOST_STAGES
+
+
+# ---- Faults
+
+
+def edited(function: Callable[..., Steps], *changes: tuple[str, str]) -> Any:
+    """A function of the model with these pieces of its source replaced, each of which is there once."""
+    source = textwrap.dedent(inspect.getsource(function))
+    for old, new in changes:
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    names = dict(function.__globals__)
+    exec(source, names)
+    return names[function.__name__]
+
+
+def moved(function: Callable[..., Steps], piece: str, before: str) -> Any:
+    return edited(function, (piece, ""), (before, piece + before))
+
+
+def pass_no_turns(rows: Ring, turns: Turns, begin: int, end: int, cfg: GemmConfig) -> Steps:
+    yield from plain.skip(rows, begin, end)
+
+
+def place_of_a_warp(groups: Groups, place: int) -> int:
+    """Each warp of a program takes from the counter."""
+    return groups.programs + (place if groups.taken is None else next(groups.taken))
+
+
+ROWS, TAILS, PAIR_TAILS = Case(gate.BASE, "128x256", 4), Case(gate.BASE, "128x256t", 4), Case(PAIRS, "128x256t", 4)
+COLUMNS, COPIES, COPIED_TAILS = Case(gate.BASE, "64x256", 4), Case(GATHERED, "64x256", 4), Case(GATHERED, "128x256t", 4)
+SCALES, TURNS = Case(gate.BLOCK, "64x128", 4), Case(gate.BLOCK, "128x256", 4)
+CODES, HALF_TILES = Case(gate.MXFP4, "64x128", 3), Case(gate.MXFP4, "256x128", 3)
+
+# Pieces of the model, and a change of the function that they are of.
+ACQUIRE = "            yield from rows.acquire(n)\n"
+TELL = """            if k == 0:
+                yield from tell(rings.tiles, rows.stage(n), group, row, left, column_tile)
+"""
+LOAD_WEIGHTS = "            yield from _load_weights(w_desc, weights, n, group, k)\n"
+DELIVER = "            yield from rows.deliver(n)\n"
+END_TELL = "    yield from tell(rings.tiles, rows.stage(done), -1, 0, 0, 0)\n"
+END_DELIVER = "        yield from rows.deliver(done)\n"
+DRAIN = "    yield from rows.drain(done, 1)\n"
+FIRST_TOLD = "    yield from rows.wait(done)\n    group"
+NEXT_TOLD = "        yield from rows.wait(done)\n        group"
+PRODUCT_OVER = "        yield warpgroup_mma_wait(0)\n        yield from rows.release(n)\n"
+EMPTIED = "    yield tma_store_wait(0)\n"
+NEXT_NUMBERS = "        yield from rows.wait(n + 1)\n        yield from _numbers"
+
+END, MULTIPLY_ROWS, PLAIN = producer._end, packed._multiply_rows, plain.plain_consumer
+TMA, COPY = producer._tma_producer, producer._copying_producer
+UNSEEN, UNRELEASED, IN_USE = "that it need not see", "before its release", "stored into a box in use"
+READ_LATE, MANY = "while it is read", "more threads at a barrier than it counts"
+
+MUTANTS: dict[str, tuple[Any, str, Any, Case, str]] = {
+    "tells after the arrival": (kernel, "_tma_producer", moved(TMA, TELL, LOAD_WEIGHTS), ROWS, UNSEEN),
+    "tells before the stage is free": (kernel, "_tma_producer", moved(TMA, TELL, ACQUIRE), ROWS, UNRELEASED),
+    "warps tell after they arrived": (
+        kernel, "_copying_producer", edited(COPY, (TELL, ""), (DELIVER, DELIVER + TELL)), COPIES, UNSEEN),
+    "warps take tiles of their own": (producer, "place_after", place_of_a_warp, COPIES, "is read|overwrites|deadlock"),
+    "tells the end after the arrival": (producer, "_end", moved(END, END_TELL, DRAIN), ROWS, UNSEEN),
+    "tells the end in no stage of its own": (
+        producer, "_end", edited(END, ("    yield from rows.acquire(done)\n", "")), ROWS, UNRELEASED),
+    "nothing arrives at the end": (
+        producer, "_end", edited(END, ("    yield from rows.expect_nothing(done)\n", "")), ROWS, "deadlock"),
+    "copying warps do not arrive at the end": (
+        producer, "_end", edited(END, (END_DELIVER, "        pass\n")), COPIES, "deadlock"),
+    "no scales arrive at the end": (producer, "_end", edited(END, (END_DELIVER, "        pass\n")), SCALES, "deadlock"),
+    "drains what the end has acquired": (Ring, "drain", edited(Ring.drain, ("n + BEYOND", "n")), ROWS, "deadlock"),
+    "no drain": (Ring, "drain", no_steps, ROWS, "half counted"),
+    "first tile read before it is told": (
+        kernel, "plain_consumer", edited(PLAIN, ("\n" + FIRST_TOLD, "\n    group")), ROWS, UNSEEN),
+    "next tile read before it is told": (
+        kernel, "plain_consumer", edited(PLAIN, (NEXT_TOLD, "        group")), ROWS, UNSEEN),
+    "blocks read before they are told": (
+        kernel, "scaled_consumer", edited(scaled.scaled_consumer, (NEXT_TOLD, "        group")), TURNS, UNSEEN),
+    "tail's bytes not announced": (
+        producer, "_load_rows", edited(producer._load_rows, (" + cfg.tail_bytes", "")), TAILS,
+        "reads None and means .'T'|arrived at twice"),
+    "tail not copied": (
+        kernel, "_copying_producer", edited(COPY, ("if takes_tail(left, cfg)", "if False")), COPIED_TAILS,
+        "reads .* and means .'T'"),
+    "tail's product still runs": (
+        plain, "_product", edited(plain._product, ("mma_wait(2)", "mma_wait(3)")), TAILS, READ_LATE),
+    "warpgroups disagree on a tail": (
+        plain, "_one_tile", edited(plain._one_tile, ("takes_tail(rest", "takes_tail(place.left")), TAILS,
+        "means .'T'|outputs"),
+    "half of a tail written twice": (
+        plain, "_multiply", edited(plain._multiply, (" // 2 * CID", " // 2")), PAIR_TAILS, "outputs"),
+    "tail stored while the tile's rows leave": (
+        epilogue, "put", edited(epilogue.put, (EMPTIED, "    if BOX:\n    " + EMPTIED)), TAILS, IN_USE),
+    "output buffer in use": (epilogue, "tma_store_wait", no_wait, ROWS, IN_USE),
+    "halves of a tile in one buffer": (epilogue, "tma_store_wait", no_wait, HALF_TILES, IN_USE),
+    "stores without a fence": (epilogue, "fence_async_shared", partition_barrier, ROWS, "before a fence"),
+    "half a tile too often": (
+        plain, "multiply_packed", edited(packed.multiply_packed, ("<= cfg.out_rows", "< cfg.block_m")), HALF_TILES,
+        "outputs"),
+    "left operand overwritten": (
+        packed, "_multiply_rows", edited(MULTIPLY_ROWS, (PRODUCT_OVER, "        yield from rows.release(n)\n")), CODES,
+        "registers of .* written while"),
+    "rows released under the product": (
+        packed, "_multiply_rows", moved(MULTIPLY_ROWS, "        yield from rows.release(n)\n",
+                                        "        yield warpgroup_mma_wait(0)\n"), CODES, READ_LATE),
+    "codes read before they arrive": (
+        packed, "_multiply_rows", edited(MULTIPLY_ROWS, (NEXT_NUMBERS, "        yield from _numbers")), CODES,
+        "and means .'W'"),
+    "released before the read completed": (plain, "warpgroup_mma_wait", no_wait, COLUMNS, READ_LATE),
+    "sums used before they are there": (scaled, "warpgroup_mma_wait", no_wait, SCALES, READ_LATE),
+    "acquires at once": (Ring, "acquire", no_steps, ROWS, "before its release|arrived at twice"),
+    "waits for the other phase": (Ring, "wait", wait_for_the_other_phase, ROWS, UNSEEN),
+    "does not wait": (Ring, "wait", no_steps, ROWS, UNSEEN),
+    "never releases": (Ring, "release", no_steps, ROWS, "deadlock"),
+    "keeps the tiles it skips": (plain, "skip", no_steps, ROWS, "deadlock"),
+    "producer not counted": (kernel, "producer_threads", lambda cfg: 0, ROWS, MANY),
+    "too many counted": (kernel, "producer_threads", lambda cfg: 64, ROWS, "deadlock"),
+    "copying warps not counted": (kernel, "producer_threads", lambda cfg: 32, COPIES, MANY),
+    "scales not delivered": (Ring, "deliver", no_steps, TURNS, "deadlock"),
+    "scales delivered before they land": (Ring, "deliver", deliver_at_once, TURNS, "reads None and means .'S"),
+    "scales not counted": (kernel, "arrivals", lambda cfg: 1, TURNS, "reads None and means|arrived at twice"),
+    "scales counted twice": (kernel, "arrivals", lambda cfg: 3, TURNS, "deadlock"),
+    "a warp not counted": (kernel, "arrivals", lambda cfg: 4, COPIES, "reads|arrived at twice"),
+    "tiles passed without their turns": (scaled, "_pass", pass_no_turns, TURNS, "deadlock|half counted"),
+    "gives the turn twice": (Turns, "give", give_twice, TURNS, "have the turn at once"),
+    "keeps the turn": (Turns, "give", no_steps, TURNS, "deadlock"),
+    "nobody begins": (Turns, "begin", no_steps, TURNS, "deadlock"),
+    "nobody takes the last turn": (Turns, "end", no_steps, TURNS, "half counted"),
+    "copies without a fence": (test_channels, "fence_async_shared", partition_barrier, COPIES, "before a fence"),
+    "rows not delivered": (Ring, "deliver", no_steps, COPIES, "deadlock"),
+    "rows delivered before they land": (Ring, "deliver", deliver_at_once, COPIES, "reads"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_fail(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model finds each fault, and by what the fault does."""
-    target, name, faulty, cfg, message = MUTANTS[mutant]
+    target, name, faulty, case, message = MUTANTS[mutant]
     monkeypatch.setattr(target, name, faulty)
-    assert_found(message, lambda rng: grouped_kernel(Gpu(rng), draw_tiles(rng, cfg), cfg))
+    assert_found(message, lambda rng: run(rng, case.cfg))
 
 
-HOPPER = Path(__file__).parents[2] / "flashinfer" / "ops" / "gemm" / "gluon_sm90"
+HOPPER = Path(gate.__file__).parent
+MODEL = Path(grouped_model.__file__).parent
 SOURCES = {
-    "producer.py": ["_load_weights", "_tma_producer", "_copying_producer"],
-    "plain.py": ["product", "skip", "_write", "_multiply", "plain_consumer"],
+    "producer.py": ["_load_weights", "_load_rows", "_end", "_tma_producer", "_copying_producer"],
+    "plain.py": ["_product", "skip", "_multiply", "_one_tile", "plain_consumer"],
+    "packed.py": ["_numbers", "multiply_packed", "_multiply_rows"],
     "scaled.py": ["_product", "_share", "_pass", "_write_sums", "scaled_consumer"],
     "scales.py": ["copy_scales", "factors_here"],
-    "epilogue.py": ["put"],
+    "schedule.py": ["tell", "told"],
+    "epilogue.py": ["_put_rows", "put", "write"],
 }
 
 
@@ -450,4 +270,4 @@ SOURCES = {
 def test_model_mirrors_the_kernel(file: str, function: str) -> None:
     expected = outline(HOPPER / file, function)
     assert expected
-    assert outline(Path(__file__), function) == expected
+    assert outline(MODEL / file, function) == expected
