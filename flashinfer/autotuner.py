@@ -1,7 +1,8 @@
 """Measuring configurations on the GPU at hand, with FlashInfer's names: `with autotune(cache="file.json"): warm_up()`.
 
 Inside, each operation that has several configurations times them on the tensors it is called with (median of ten runs,
-data not in the L2 cache) and keeps the fastest by kind, sizes and number of tokens up to the next power of two.
+data not in the L2 cache) and keeps the fastest by kind, sizes and number of tokens up to the next power of two; of
+grouped products by the number of rows a group, on average, and of groups.
 Outside, nothing is ever measured. On the CPU, and while a CUDA graph is captured, there is nothing to measure.
 """
 
@@ -54,7 +55,9 @@ def autotune(
     skip_ops: Collection[str] | None = None,
     cuda_graph_profile_replays: int | None = None,
 ) -> Iterator[None]:
-    """Within, operations measure the configurations they have and keep the fastest; today only "moe", up to 64 tokens.
+    """Within, operations measure the configurations they have and keep the fastest.
+
+    Today those are "grouped_gemm", whatever calls it, and "moe" up to 64 tokens, beyond which it is grouped products.
 
     tune_mode: False only uses what is known. cache: a JSON file that is read first, if it exists, and written at the
     end of a block that measures. skip_ops: names of operations that do not measure. tuning_buckets, round_up,

@@ -1,6 +1,6 @@
 """Measured configurations: kept in memory, loaded from and saved to a file; measured only inside of `tuning()`.
 
-Nothing is measured while serving: a kernel asks `tuned(key, arch)`, and only `measuring()` tells it to try others.
+Nothing is measured while serving: a kernel asks for what is `chosen`, and only `measuring()` tells it to `measure`.
 """
 
 from __future__ import annotations
@@ -60,6 +60,21 @@ def tuned(key: str, arch: Arch) -> Numbers | None:
     return _table.entries.get(_name(key, arch))
 
 
+def chosen(key: str, arch: Arch, candidates: Sequence[Config]) -> Config | None:
+    """The one of the candidates that was measured to be the fastest for `key`, None if none was.
+
+    A file of other rules may hold what is no candidate today, and would write past the results of today's kernels.
+    """
+    found = tuned(key, arch)
+    return next((config for config in candidates if config == found), None)
+
+
+def measure(key: str, arch: Arch, candidates: Sequence[Config], run: Callable[[Config], object]) -> None:
+    """Keep the fastest candidate for `key`, unless one was chosen before. Raises RuntimeError if none runs."""
+    if chosen(key, arch, candidates) is None:
+        record(key, arch, fastest(candidates, run)[0])
+
+
 def record(key: str, arch: Arch, config: Sequence[int]) -> None:
     """Keep `config` for `key`."""
     _table.update({_name(key, arch): tuple(int(n) for n in config)})
@@ -108,8 +123,8 @@ def tuning(skipped: frozenset[str] = frozenset()) -> Iterator[None]:
 
 
 def measuring(op: str, device: torch.device) -> bool:
-    """Whether to measure now: inside of `tuning()`, on a GPU, and not while a graph is captured."""
-    if not _state.depth or op in _state.skipped or device.type != "cuda":
+    """Whether to measure now: inside of `tuning()`, on a GPU, not while a graph is captured or something is timed."""
+    if not _state.depth or _state.timing or op in _state.skipped or device.type != "cuda":
         return False
     return not torch.cuda.is_current_stream_capturing()
 

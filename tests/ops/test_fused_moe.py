@@ -36,11 +36,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return force(monkeypatch, "moe", request.param)
 
 
-def problem(device: str, dtype: torch.dtype = torch.float32, gated: bool = True) -> dict[str, Any]:
+def problem(
+    device: str, dtype: torch.dtype = torch.float32, gated: bool = True, tokens: int = TOKENS
+) -> dict[str, Any]:
     """The arguments of a call."""
-    weights, ids = route(torch.randn(TOKENS, E, device=device), K)
+    weights, ids = route(torch.randn(tokens, E, device=device), K)
     return {
-        "input": torch.randn(TOKENS, H, device=device).to(dtype),
+        "input": torch.randn(tokens, H, device=device).to(dtype),
         "token_selected_experts": ids,
         "token_final_scales": weights,
         "fc1_expert_weights": (torch.randn(E, INTER * (1 + gated), H, device=device) / H**0.5).to(dtype),
@@ -53,7 +55,7 @@ def problem(device: str, dtype: torch.dtype = torch.float32, gated: bool = True)
 def dense(p: dict[str, Any], dtype: torch.dtype, activation: Any) -> torch.Tensor:
     """Every expert for every token, weighted by what the router said; activation: of sums `[tokens, experts, N]`."""
     x, fc1, fc2 = (p[name].to(dtype) for name in ("input", "fc1_expert_weights", "fc2_expert_weights"))
-    table = torch.zeros(TOKENS, E, dtype=dtype, device=x.device)
+    table = torch.zeros(x.shape[0], E, dtype=dtype, device=x.device)
     table.scatter_add_(1, p["token_selected_experts"].long(), p["token_final_scales"].to(dtype))
     bias1, bias2 = (p[name].to(dtype) if name in p else 0.0 for name in ("fc1_expert_biases", "fc2_expert_biases"))
     hidden = activation(torch.einsum("th,enh->ten", x, fc1) + bias1)
@@ -181,6 +183,25 @@ def test_tuning_measures_keeps_and_saves(tmp_path: Path, backend: str) -> None:
     assert path.read_text().count("moe_few_") == 2
     tuned = cutlass_fused_moe(**p)
     assert_close_to_oracle(tuned, expected.double(), expected)
+    tuning.forget()
+
+
+@pytest.mark.gpu
+def test_tuning_of_many_tokens_is_that_of_grouped_products(backend: str) -> None:
+    """Two of them, between launches that share scratch memory with what is measured."""
+    if backend == "torch":
+        pytest.skip("nothing to tune")
+    tuning.forget()
+    p = problem("cuda", torch.bfloat16, tokens=300)
+    oracle, twin = (dense(p, dtype, swiglu) for dtype in (torch.float64, torch.bfloat16))
+    with autotune():
+        measured = cutlass_fused_moe(**p).clone()
+        generation = tuning.generation()
+        again = cutlass_fused_moe(**p)
+    assert generation == tuning.generation(), "measured but once"
+    assert [key.split("/")[1] for key in tuning._table.entries] == ["grouped_gemm"] * 2
+    for tuned in (measured, again, cutlass_fused_moe(**p)):
+        assert_close_to_oracle(tuned, oracle, twin, noise=noise_of(p, "swiglu"))
     tuning.forget()
 
 

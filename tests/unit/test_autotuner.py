@@ -60,8 +60,24 @@ def test_measures_only_inside_and_never_on_the_cpu(monkeypatch: pytest.MonkeyPat
         assert not tuning.measuring("moe", torch.device("cpu"))
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         assert not tuning.measuring("moe", device)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        nested = []
+        monkeypatch.setattr(tuning, "time_ms", lambda run: run() or 1.0)
+        tuning.measure("moe/c", GPU, [(1,)], lambda config: nested.append(tuning.measuring("gemm2", device)))
+        assert nested == [False] and tuning.measuring("gemm2", device), "what is timed measures nothing itself"
     with autotune(tune_mode=False):
         assert not tuning.measuring("moe", device)
+
+
+def test_what_counts_is_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a file of other rules nothing does, and it is measured anew."""
+    monkeypatch.setattr(tuning, "time_ms", lambda run: run()[0])
+    tuning.record("moe/d", GPU, (9, 9))
+    assert tuning.chosen("moe/d", GPU, [(1, 2), (0, 3)]) is None
+    tuning.measure("moe/d", GPU, [(1, 2), (0, 3)], lambda config: config)
+    assert tuning.chosen("moe/d", GPU, [(1, 2), (0, 3)]) == (0, 3)
+    tuning.measure("moe/d", GPU, [(0, 3), (-1, 2)], lambda config: config)
+    assert tuning.chosen("moe/d", GPU, [(0, 3), (-1, 2)]) == (0, 3), "known: not measured"
 
 
 def test_the_fastest_that_runs_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

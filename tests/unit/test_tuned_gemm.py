@@ -97,9 +97,9 @@ def test_what_is_measured_for_hopper_is_what_the_rules_ask_for(key: tuple[int, i
         spec = base._replace(n=shape.n, k=shape.k, activation="swiglu" if gated else "")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hopper, "tuned", lambda: {key: hopper.Tile(64, 128, 3)})
-            hopper._configured.cache_clear()
+            hopper._tile_of.cache_clear()
             assert hopper.choose(spec, H200, shape.total, shape.groups, False).kernel.stages == 3, shape
-    hopper._configured.cache_clear()
+    hopper._tile_of.cache_clear()
 
 
 def test_each_backend_has_keys_for_all_its_operands() -> None:
@@ -147,9 +147,9 @@ def test_what_is_written_is_what_is_read_and_old_entries_stay(tmp_path: Path, mo
     assert read == {("fp8", True, 16): Tile(1, 1, 1, 1, 1), ("half", False, 64): Tile(64, 64, 64, 4, 3, 2, True, 4)}
     assert json.loads(path.read_text())["provenance"] == ENVIRONMENT
     monkeypatch.setattr(configs, "tuned", lambda arch: read)
-    configs._configured.cache_clear()
+    configs._tile_of.cache_clear()
     assert configs.choose(BASE, H200, 64 * 200, 200).kernel.band == 4
-    configs._configured.cache_clear()
+    configs._tile_of.cache_clear()
 
 
 def test_no_file_means_the_defaults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,16 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import NamedTuple
 
-from flashinfer.core import replay
+from flashinfer.core import replay, tuning
 from flashinfer.core.arch import Arch
 from flashinfer.device.finish import PAIRED, SINGLE
 from flashinfer.ops.gemm.gluon_sm90.kernel import FP8_BITS, GemmConfig
+from flashinfer.ops.gemm.measured import Size, size_of, tuning_key
 from flashinfer.ops.gemm.spec import FP4_BLOCK, GemmSpec
 
+BACKEND = "gluon_sm90"
 # Rows a group, up to which a tile is as high; more take the last.
 HEIGHTS = (16, 32, 64, 128, 256, 512)
 # Groups looked at at once, at least and at most; of still more, so many, in a loop that leaves fewer registers.
@@ -146,13 +148,46 @@ def bits_of(spec: GemmSpec) -> int:
 
 def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, finishes: bool) -> Launch:
     """The launch for about `num_rows` rows of all groups together. finishes: whether anything is done to the sums."""
+    load = _workload(spec, arch, num_rows, num_groups, finishes)
+    tile = _imposed.get() or _tile_of(spec, arch, load, size_of(num_rows, num_groups), tuning.generation())
+    return _configured(spec, load, tile)
+
+
+def contenders(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, finishes: bool) -> tuple[str, list[Tile]]:
+    """What the fastest tile is filed under, and the candidates; arguments as of `choose`."""
+    load = _workload(spec, arch, num_rows, num_groups, finishes)
+    return tuning_key(BACKEND, spec, size_of(num_rows, num_groups)), candidates(spec, load)
+
+
+def _workload(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, finishes: bool) -> Workload:
     height = height_for(num_rows, num_groups)
     bits = bits_of(spec)
     wide = TILES[RULES[height, bits][0], bits]
     row_tiles = max(num_groups, -(-num_rows // wide.block_m))
     few = row_tiles * -(-spec.n // wide.block_n) < arch.num_sms * wide.per_sm
     groups = 0 if spec.layout == "one" else group_class(num_groups)
-    return _configured(spec, Workload(height, few, groups, finishes), _imposed.get())
+    return Workload(height, few, groups, finishes)
+
+
+def candidates(spec: GemmSpec, load: Workload) -> list[Tile]:
+    """What is worth measuring, the default first: every tile of these operands, with scales also with other turns."""
+    bits = bits_of(spec)
+    tiles = [tile for (_, width), tile in TILES.items() if width == bits]
+    others = [tile._replace(turns=not tile.turns) for tile in tiles if spec.scale_rows and tile.consumers == 2]
+    return list(dict.fromkeys((default_tile(spec, load), *tiles, *others)))
+
+
+def default_tile(spec: GemmSpec, load: Workload) -> Tile:
+    """That of the file of `bench.tune_gemm`, else the rules'."""
+    bits = bits_of(spec)
+    written = tuned().get((bits, load.height, spec.gated, load.few))
+    return written or TILES[RULES[load.height, bits][load.few], bits]
+
+
+@lru_cache(maxsize=4096)
+def _tile_of(spec: GemmSpec, arch: Arch, load: Workload, size: Size, generation: int) -> Tile:
+    found = tuning.chosen(tuning_key(BACKEND, spec, size), arch, candidates(spec, load))
+    return found or default_tile(spec, load)
 
 
 def group_class(num_groups: int) -> int:
@@ -161,10 +196,7 @@ def group_class(num_groups: int) -> int:
 
 
 @cache
-def _configured(spec: GemmSpec, load: Workload, tile: Tile | None) -> Launch:
-    bits = bits_of(spec)
-    tile = tile or tuned().get((bits, load.height, spec.gated, load.few))
-    tile = tile or TILES[RULES[load.height, bits][load.few], bits]
+def _configured(spec: GemmSpec, load: Workload, tile: Tile) -> Launch:
     kernel = configured(spec, tile, load.groups, load.finishes)
     registers = (COPY_REGISTERS if spec.gathered else REGISTERS)[tile.consumers, tile.per_sm]
     return Launch(kernel, registers, tile.per_sm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 
 import torch
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
@@ -13,13 +13,14 @@ from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, integer_classes, pointers, token
 from flashinfer.device.finish import Finish, finish_with
 from flashinfer.device.gluon import gl
-from flashinfer.ops.gemm.gluon_sm90.configs import Launch, choose
+from flashinfer.ops.gemm.gluon_sm90.configs import Launch, choose, contenders, imposed
 from flashinfer.ops.gemm.gluon_sm90.epilogue import Target
 from flashinfer.ops.gemm.gluon_sm90.kernel import GemmConfig, Shape, grouped_kernel
 from flashinfer.ops.gemm.gluon_sm90.packed import BlockScales
 from flashinfer.ops.gemm.gluon_sm90.producer import COPY, Scattered
 from flashinfer.ops.gemm.gluon_sm90.scales import Scales
 from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
+from flashinfer.ops.gemm.measured import measure, measuring
 from flashinfer.ops.gemm.spec import FP4_BLOCK, Gemm, GemmSpec, Rows, Weights
 
 Box = tuple[int, ...]
@@ -36,7 +37,10 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
         out, rows, weights = tensors.out, tensors.rows, tensors.weights
         num_rows, num_groups = out.shape[0], tensors.num_groups
         finish = finish_of(spec, tensors)
-        launch = choose(spec, arch, tensors.rows_at_once, num_groups, finish is not None)
+        asked = spec, arch, tensors.rows_at_once, num_groups, finish is not None
+        if measuring(out.device):
+            measure(arch, *contenders(*asked), imposed, partial(run, tensors))
+        launch = choose(*asked)
         config, (start, consumer, producer) = launch.kernel, launch.registers
         indices = weights.indices
         tiles = most_tiles(config, spec, num_rows, num_groups)

@@ -7,18 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
 
 import torch
 
-from flashinfer.core import replay
+from flashinfer.core import replay, tuning
 from flashinfer.core.arch import Arch
 from flashinfer.device.finish import PAIRED, SINGLE
+from flashinfer.ops.gemm.measured import Size, size_of, tuning_key
 from flashinfer.ops.gemm.spec import FP4_BLOCK, FP8_BLOCK, GemmSpec
 from flashinfer.ops.gemm.triton.kernel import GemmConfig
 
+BACKEND = "triton"
 # Rows a group, up to which a tile is as high; more take the last.
 HEIGHTS = (16, 32, 64, 128)
 GROUP_BLOCK = (32, 1024)
@@ -131,15 +133,55 @@ def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, expected_
     # Rows that all groups have room for, as far as tiles are concerned.
     room = FP8_BLOCK if spec.layout == "equal" and num_rows % (num_groups * FP8_BLOCK) == 0 else 0
     few = 0 if tiles_m >= arch.num_sms else max(tiles_m, 1)
-    return _configured(spec, arch, height, few, group_block, room, _imposed.get())
+    size = _size(num_rows, num_groups, expected_rows)
+    tile = _imposed.get() or _tile_of(spec, arch, height, size, tuning.generation())
+    return _configured(spec, arch, few, group_block, room, tile)
+
+
+def contenders(
+    spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, expected_rows: int = 0
+) -> tuple[str, list[Tile]]:
+    """What the fastest tile is filed under, and the candidates; arguments as of `choose`."""
+    height = height_for(expected_rows or num_rows / num_groups)
+    key = tuning_key(BACKEND, spec, _size(num_rows, num_groups, expected_rows))
+    return key, candidates(spec, arch, height)
+
+
+def candidates(spec: GemmSpec, arch: Arch, height: int) -> list[Tile]:
+    """What is worth measuring, the default first.
+
+    The defaults of the heights beside, then what differs from it in width, depth, resident programs or sides.
+    """
+    default, operands = _tile(spec, arch, height), operands_of(spec)
+    others = [_tile(spec, arch, m) for m in HEIGHTS if m in (height // 2, height * 2)]
+    # With the weights on the left four warps take 64 of their rows at once.
+    narrowest, widest = 16 * default.num_warps if default.swap else 32, 256 if operands == "half" else 128
+    widths = (default.block_n // 2, default.block_n * 2)
+    others += [default._replace(block_n=n) for n in widths if narrowest <= n <= widest]
+    if operands != "fp8":  # which is as deep as its block scales
+        others.append(default._replace(block_k=64 if default.block_k == 128 else 2 * default.block_k))
+    if default.num_warps == 4:
+        others.append(default._replace(per_sm=default.per_sm // 2 or 2))
+    if arch.has_wgmma and height >= 64 and operands in ("half", "fp8"):
+        others.append(default._replace(swap=not default.swap))
+    return list(dict.fromkeys((default, *others)))
+
+
+def _size(num_rows: int, num_groups: int, expected_rows: int) -> Size:
+    return size_of(expected_rows * num_groups or num_rows, num_groups)
+
+
+@lru_cache(maxsize=4096)
+def _tile_of(spec: GemmSpec, arch: Arch, height: int, size: Size, generation: int) -> Tile:
+    """What `autotune` measured, else the default of the height."""
+    found = tuning.chosen(tuning_key(BACKEND, spec, size), arch, candidates(spec, arch, height))
+    return found or _tile(spec, arch, height)
 
 
 @cache
-def _configured(
-    spec: GemmSpec, arch: Arch, height: int, few: int, group_block: int, room: int, tile: Tile | None
-) -> Launch:
+def _configured(spec: GemmSpec, arch: Arch, few: int, group_block: int, room: int, tile: Tile) -> Launch:
     """few: row tiles, where they are fewer than multiprocessors. room: rows that all groups have room for, or 0."""
-    tile = _fitted(tile or _tile(spec, arch, height), spec, arch, few)
+    tile = _fitted(tile, spec, arch, few)
     maps = arch.has_tma
     single = spec.layout == "one" or (room % tile.block_m == 0 and room > 0)
     packed = 2 if spec.kind in FP4_BLOCK else 1

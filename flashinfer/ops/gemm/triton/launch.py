@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -11,8 +11,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, integer_classes, pointers, token
 from flashinfer.device.finish import Finish, finish_with
+from flashinfer.ops.gemm.measured import measure, measuring
 from flashinfer.ops.gemm.spec import FP4_BLOCK, Epilogue, Gemm, GemmSpec, Rows, Weights
-from flashinfer.ops.gemm.triton.configs import Launch, choose
+from flashinfer.ops.gemm.triton.configs import Launch, choose, contenders, imposed
 from flashinfer.ops.gemm.triton.kernel import GemmConfig, grouped_gemm_kernel
 from flashinfer.ops.gemm.triton.operands import RowSide, WeightSide
 from flashinfer.ops.gemm.triton.schedule import Groups
@@ -26,7 +27,10 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
     def run(tensors: Gemm) -> None:
         out, rows, weights, epilogue, expected_rows = tensors
         num_rows, num_groups = out.shape[0], tensors.num_groups
-        launch = choose(spec, arch, num_rows, num_groups, expected_rows)
+        asked = spec, arch, num_rows, num_groups, expected_rows
+        if measuring(out.device):
+            measure(arch, *contenders(*asked), imposed, partial(run, tensors))
+        launch = choose(*asked)
         row_side, weight_side = row_side_of(spec, rows), weight_side_of(weights)
         groups, finish = Groups(rows.indptr, rows.lengths), finish_of(spec, rows, weights, epilogue)
         arguments = (

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 
 from flashinfer.core.arch import Arch
-from flashinfer.core.tuning import generation, tuned
+from flashinfer.core.tuning import chosen, generation
 from flashinfer.ops.gemm import MAP_BYTES
 from flashinfer.ops.moe.spec import BLOCK, MoESpec
 from flashinfer.ops.moe.triton.combine import CombineConfig
@@ -148,14 +148,8 @@ def tiles_of(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles:
 
 @lru_cache(maxsize=4096)
 def _tiles_of(spec: MoESpec, arch: Arch, tokens: int, first: bool, generation: int) -> Tiles:
-    return measured_tiles(spec, arch, tokens, first) or default_tiles(spec, arch, tokens, first)
-
-
-def measured_tiles(spec: MoESpec, arch: Arch, tokens: int, first: bool) -> Tiles | None:
-    """What was measured, if it is still a candidate: a file of other rules may hold what nobody compiles today."""
-    found = tuned(tuning_key(spec, tokens, first), arch)
-    known = {tuple(tiles): tiles for tiles in candidates(spec, arch, tokens, first)} if found else {}
-    return known.get(found)
+    found = chosen(tuning_key(spec, tokens, first), arch, candidates(spec, arch, tokens, first))
+    return found or default_tiles(spec, arch, tokens, first)
 
 
 def few_config(spec: MoESpec, arch: Arch, tokens: int, tiles: Tiles, first: bool, early: bool) -> FewConfig:

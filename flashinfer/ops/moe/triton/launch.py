@@ -25,7 +25,6 @@ from flashinfer.ops.moe.triton.configs import (
     candidates,
     combine_config,
     few_config,
-    measured_tiles,
     pays_for_neighbours,
     rows_config,
     slots_of,
@@ -151,9 +150,9 @@ def _few_product(call: Call, pairs: Pairs, x: torch.Tensor, hidden: torch.Tensor
         _launch_few(call, pairs, side, out, tiles)
         return out
 
-    if tuning.measuring(OP, x.device) and measured_tiles(spec, arch, num_tokens, first) is None:
-        tries, key = candidates(spec, arch, num_tokens, first), tuning_key(spec, num_tokens, first)
-        tuning.record(key, arch, tuning.fastest(tries, lambda tiles: run(tiles, Scratch(x, None)))[0])
+    if tuning.measuring(OP, x.device):
+        key, tries = tuning_key(spec, num_tokens, first), candidates(spec, arch, num_tokens, first)
+        tuning.measure(key, arch, tries, lambda tiles: run(tiles, Scratch(x, None)))
     return run(tiles_of(spec, arch, num_tokens, first), scratch)
 
 
