@@ -55,7 +55,7 @@ HOPPER_PROBLEMS = {
     (256, True): ((1, 256, 4096, 7168),),
     (512, True): ((1, 512, 4096, 7168),),
 }
-BITS = {16: "plain", 8: "fp8_block"}
+BITS = {16: "plain", 8: "fp8_block", 4: "mxfp4"}
 Key = tuple[Any, ...]
 
 
@@ -136,7 +136,9 @@ TRITON = Kernel("triton", ("operands", "gated", "height"), _keys, candidates, pr
 
 def hopper_keys(operands: Sequence[str], heights: Sequence[int], gated: Sequence[bool]) -> Iterator[Key]:
     wanted = [bits for bits, kind in BITS.items() if kind in [KINDS[name] for name in operands]]
-    yield from product(wanted, heights, gated, (False, True))
+    for bits, height, pairs, few in product(wanted, heights, gated, (False, True)):
+        if (height, bits) in hopper.RULES:
+            yield bits, height, pairs, few
 
 
 def hopper_candidates(key: Key) -> Iterator[hopper.Tile]:

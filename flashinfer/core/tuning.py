@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from flashinfer.core.arch import Arch
 
 SCHEMA = 1
 WARMUP, REPEATS = 3, 10
+FLUSH_BYTES = (256 << 20, 64 << 20)
 
 Numbers = tuple[int, ...]
 Config = TypeVar("Config", bound=tuple[int, ...])
@@ -32,7 +34,15 @@ class _Table:
         self.generation = 0
 
     def update(self, entries: dict[str, Numbers]) -> None:
-        self.entries.update(entries)
+        if any(self.entries.get(key) != numbers for key, numbers in entries.items()):
+            self.entries.update(entries)
+            self.change()
+
+    def clear(self) -> None:
+        self.entries.clear()
+        self.change()
+
+    def change(self) -> None:
         self.generation += 1
         replay.forget()
 
@@ -69,10 +79,13 @@ def chosen(key: str, arch: Arch, candidates: Sequence[Config]) -> Config | None:
     return next((config for config in candidates if config == found), None)
 
 
-def measure(key: str, arch: Arch, candidates: Sequence[Config], run: Callable[[Config], object]) -> None:
-    """Keep the fastest candidate for `key`, unless one was chosen before. Raises RuntimeError if none runs."""
+def measure(
+    key: str, arch: Arch, device: torch.device, candidates: Sequence[Config], run: Callable[[Config], object]
+) -> None:
+    """Keep the fastest candidate for `key` on `device`, unless one was chosen before; RuntimeError if none runs."""
     if chosen(key, arch, candidates) is None:
-        record(key, arch, fastest(candidates, run)[0])
+        with on(device):
+            record(key, arch, fastest(candidates, run)[0])
 
 
 def record(key: str, arch: Arch, config: Sequence[int]) -> None:
@@ -87,8 +100,7 @@ def generation() -> int:
 
 def forget() -> None:
     """Forget all configurations."""
-    _table.entries.clear()
-    _table.update({})
+    _table.clear()
 
 
 def load(path: str | Path) -> int:
@@ -101,13 +113,13 @@ def load(path: str | Path) -> int:
 
 
 def save(path: str | Path) -> None:
-    """Write all configurations to a file, in one step."""
+    """Write all configurations to a file, in one step: of several processes that do so the last one stays."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    new = target.with_name(target.name + ".new")
     content = {"schema": SCHEMA, "configs": {key: list(numbers) for key, numbers in sorted(_table.entries.items())}}
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    new.replace(target)
+    with tempfile.NamedTemporaryFile("w", dir=target.parent, prefix=target.name, suffix=".new", delete=False) as new:
+        new.write(json.dumps(content, indent=1) + "\n")
+    Path(new.name).replace(target)
 
 
 @contextlib.contextmanager
@@ -126,7 +138,13 @@ def measuring(op: str, device: torch.device) -> bool:
     """Whether to measure now: inside of `tuning()`, on a GPU, not while a graph is captured or something is timed."""
     if not _state.depth or _state.timing or op in _state.skipped or device.type != "cuda":
         return False
-    return not torch.cuda.is_current_stream_capturing()
+    with on(device):
+        return not torch.cuda.is_current_stream_capturing()
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Within, `device` is the current one: streams, events and captures are its own."""
+    return torch.cuda.device(device) if torch.cuda.is_available() else contextlib.nullcontext()
 
 
 def in_measurement() -> bool:
@@ -158,9 +176,17 @@ def fastest(candidates: Sequence[Config], run: Callable[[Config], object]) -> tu
     return best
 
 
+def _flush() -> torch.Tensor:
+    """Memory to write: more than any L2 cache holds, less where that is not free."""
+    for size in FLUSH_BYTES:
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
+            return torch.empty(size, dtype=torch.uint8, device="cuda")
+    return torch.empty(0, dtype=torch.uint8, device="cuda")
+
+
 def time_ms(run: Callable[[], object]) -> float:
-    """Median time of `run` on the current stream, its data not in the L2 cache."""
-    flush = torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
+    """Median time of `run` on the current stream, its data not in the L2 cache if there is memory to flush it with."""
+    flush = _flush()
     for _ in range(WARMUP):
         run()
     marks = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -50,6 +52,30 @@ def test_autotune_writes_its_file_and_reads_it_first(tmp_path: Path) -> None:
         assert tuning.tuned("moe/b", GPU) == (1,)
 
 
+def test_what_is_known_already_changes_nothing(tmp_path: Path) -> None:
+    """A file that is read around every call forgets no launches."""
+    path = tmp_path / "configs.json"
+    with autotune(cache=path):
+        tuning.record("moe/e", GPU, (1,))
+    before = tuning.generation()
+    with autotune(tune_mode=False, cache=path):
+        assert tuning.generation() == before
+    tuning.record("moe/e", GPU, (2,))
+    assert tuning.generation() > before
+
+
+def test_processes_may_write_one_file(tmp_path: Path) -> None:
+    """Whoever reads finds a whole file, and nobody's half of it is left."""
+    path = tmp_path / "configs.json"
+    write = "import sys; from flashinfer.core import tuning; [tuning.save(sys.argv[1]) for _ in range(100)]"
+    writers = [subprocess.Popen([sys.executable, "-c", write, str(path)]) for _ in range(2)]
+    while any(writer.poll() is None for writer in writers):
+        if path.exists():
+            tuning.load(path)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    assert [found.name for found in tmp_path.iterdir()] == ["configs.json"]
+
+
 def test_measures_only_inside_and_never_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     device = torch.device("cuda")
@@ -63,7 +89,7 @@ def test_measures_only_inside_and_never_on_the_cpu(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         nested = []
         monkeypatch.setattr(tuning, "time_ms", lambda run: run() or 1.0)
-        tuning.measure("moe/c", GPU, [(1,)], lambda config: nested.append(tuning.measuring("gemm2", device)))
+        tuning.measure("moe/c", GPU, device, [(1,)], lambda config: nested.append(tuning.measuring("gemm2", device)))
         assert nested == [False] and tuning.measuring("gemm2", device), "what is timed measures nothing itself"
     with autotune(tune_mode=False):
         assert not tuning.measuring("moe", device)
@@ -72,11 +98,12 @@ def test_measures_only_inside_and_never_on_the_cpu(monkeypatch: pytest.MonkeyPat
 def test_what_counts_is_a_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a file of other rules nothing does, and it is measured anew."""
     monkeypatch.setattr(tuning, "time_ms", lambda run: run()[0])
+    device = torch.device("cuda")
     tuning.record("moe/d", GPU, (9, 9))
     assert tuning.chosen("moe/d", GPU, [(1, 2), (0, 3)]) is None
-    tuning.measure("moe/d", GPU, [(1, 2), (0, 3)], lambda config: config)
+    tuning.measure("moe/d", GPU, device, [(1, 2), (0, 3)], lambda config: config)
     assert tuning.chosen("moe/d", GPU, [(1, 2), (0, 3)]) == (0, 3)
-    tuning.measure("moe/d", GPU, [(0, 3), (-1, 2)], lambda config: config)
+    tuning.measure("moe/d", GPU, device, [(0, 3), (-1, 2)], lambda config: config)
     assert tuning.chosen("moe/d", GPU, [(0, 3), (-1, 2)]) == (0, 3), "known: not measured"
 
 

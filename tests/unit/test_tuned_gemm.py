@@ -82,7 +82,7 @@ def test_candidates_begin_with_the_default_and_do_not_repeat(key: tuple[str, boo
     assert found[0] == HOPPER[key[0], key[2]] and len(found) == len(set(found)) > 5
 
 
-HOPPER_KEYS = list(GLUON.keys(("half", "fp8"), hopper.HEIGHTS, (False, True)))
+HOPPER_KEYS = list(GLUON.keys(("half", "fp8", "fp4"), hopper.HEIGHTS, (False, True)))
 
 
 @pytest.mark.parametrize("key", HOPPER_KEYS)
@@ -93,7 +93,7 @@ def test_what_is_measured_for_hopper_is_what_the_rules_ask_for(key: tuple[int, i
     assert found[0] == hopper.TILES[hopper.RULES[height, bits][few], bits] and len(found) == len(set(found)) > 5
     assert len({GLUON.label(tile) for tile in found}) == len(found)
     for shape in GLUON.problems(key):
-        base = BASE if bits == 16 else BLOCK
+        base = {16: BASE, 8: BLOCK, 4: BASE._replace(kind="mxfp4", weight_dtype=torch.uint8)}[bits]
         spec = base._replace(n=shape.n, k=shape.k, activation="swiglu" if gated else "")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(hopper, "tuned", lambda: {key: hopper.Tile(64, 128, 3)})
@@ -103,7 +103,7 @@ def test_what_is_measured_for_hopper_is_what_the_rules_ask_for(key: tuple[int, i
 
 
 def test_each_backend_has_keys_for_all_its_operands() -> None:
-    assert len(HOPPER_KEYS) == 2 * 6 * 2 * 2 and len({key[0] for key in HOPPER_KEYS}) == 2
+    assert len(HOPPER_KEYS) == len(hopper.RULES) * 2 * 2 and {key[0] for key in HOPPER_KEYS} == {16, 8, 4}
     assert list(TRITON.keys(("half", "fp8", "fp4"), hopper.HEIGHTS, (False, True))) == KEYS
 
 

@@ -33,7 +33,7 @@ def size_of(num_rows: int, num_groups: int) -> Size:
 
 
 def tuning_key(backend: str, spec: GemmSpec, size: Size) -> str:
-    """Everything that the speed of a tile depends on, in the order of its weight."""
+    """What the speed of a tile depends on, less bias, row weights and activations of single numbers."""
     dtypes = (spec.row_dtype, spec.weight_dtype, spec.out_dtype)
     scales = [f"scales{spec.scale_rows}x{spec.scale_cols}"] if spec.scale_cols else []
     kind = "_".join([spec.kind, *(str(x).removeprefix("torch.") for x in dtypes), *scales])
@@ -50,6 +50,7 @@ def measuring(device: torch.device) -> bool:
 
 def measure(
     arch: Arch,
+    device: torch.device,
     key: str,
     candidates: Sequence[Tile],
     imposed: Callable[[Tile], AbstractContextManager[None]],
@@ -61,4 +62,4 @@ def measure(
         with imposed(tile):
             run()
 
-    tuning.measure(key, arch, candidates, run_with)
+    tuning.measure(key, arch, device, candidates, run_with)

@@ -39,7 +39,7 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
         finish = finish_of(spec, tensors)
         asked = spec, arch, tensors.rows_at_once, num_groups, finish is not None
         if measuring(out.device):
-            measure(arch, *contenders(*asked), imposed, partial(run, tensors))
+            measure(arch, out.device, *contenders(*asked), imposed, partial(run, tensors))
         launch = choose(*asked)
         config, (start, consumer, producer) = launch.kernel, launch.registers
         indices = weights.indices

@@ -29,7 +29,7 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
         num_rows, num_groups = out.shape[0], tensors.num_groups
         asked = spec, arch, num_rows, num_groups, expected_rows
         if measuring(out.device):
-            measure(arch, *contenders(*asked), imposed, partial(run, tensors))
+            measure(arch, out.device, *contenders(*asked), imposed, partial(run, tensors))
         launch = choose(*asked)
         row_side, weight_side = row_side_of(spec, rows), weight_side_of(weights)
         groups, finish = Groups(rows.indptr, rows.lengths), finish_of(spec, rows, weights, epilogue)

@@ -152,7 +152,7 @@ def _few_product(call: Call, pairs: Pairs, x: torch.Tensor, hidden: torch.Tensor
 
     if tuning.measuring(OP, x.device):
         key, tries = tuning_key(spec, num_tokens, first), candidates(spec, arch, num_tokens, first)
-        tuning.measure(key, arch, tries, lambda tiles: run(tiles, Scratch(x, None)))
+        tuning.measure(key, arch, x.device, tries, lambda tiles: run(tiles, Scratch(x, None)))
     return run(tiles_of(spec, arch, num_tokens, first), scratch)
 
 
