@@ -50,9 +50,7 @@ def _operand_problem(spec: GemmSpec) -> str | None:
     if fp4 and spec.row_dtype != torch.bfloat16:
         return f"{spec.kind} weights are decoded to bf16, tensor cores take rows of the same type"
     if fp4 and spec.few_rows:
-        return (
-            f"tiles of {spec.kind} weights are for more than {FEW_ROWS} rows a group on average"
-        )
+        return f"tiles of {spec.kind} weights are for more than {FEW_ROWS} rows a group on average"
     if fp8 and dtypes != (torch.float8_e4m3fn,) * 2:
         return "fp8 operands must both be e4m3fn"
     if spec.kind == "plain" and (dtypes[0] != dtypes[1] or dtypes[0] not in HOPPER_DTYPES):
