@@ -283,8 +283,9 @@ def _in_turn(repeats: list[Repeat], makers: list[Callable[[], torch.Tensor]]) ->
         for i, j, distance in relations:
             if addresses[i] - addresses[j] != distance:
                 return False
-        made = [make() for make in makers]
-        addresses += map(_address, made)
+        if makers:
+            made = [make() for make in makers]
+            addresses += map(_address, made)
         first(addresses)
         for launch in others:
             launch(addresses)

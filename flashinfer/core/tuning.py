@@ -10,8 +10,9 @@ import json
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
@@ -24,6 +25,29 @@ FLUSH_BYTES = (256 << 20, 64 << 20)
 
 Numbers = tuple[int, ...]
 Config = TypeVar("Config", bound=tuple[int, ...])
+Choice = TypeVar("Choice")
+
+
+class Imposed(Generic[Choice]):
+    """What calls in this thread get instead of their own choice, inside of `with imposed(choice):`, for measuring.
+
+    None outside. Inside, calls are neither repeated nor remembered.
+    """
+
+    def __init__(self) -> None:
+        self._choice: ContextVar[Choice | None] = ContextVar("imposed", default=None)
+
+    def get(self) -> Choice | None:
+        return self._choice.get()
+
+    @contextlib.contextmanager
+    def __call__(self, choice: Choice) -> Iterator[None]:
+        token = self._choice.set(choice)
+        try:
+            with replay.paused():
+                yield
+        finally:
+            self._choice.reset(token)
 
 
 class _Table:

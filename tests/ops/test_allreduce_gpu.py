@@ -26,6 +26,7 @@ from tests.ops.allreduce_checks import (
     solved,
     within,
 )
+from tests.ops.common import captured
 from tests.ranks import run_ranks, two_gpus
 
 pytestmark = pytest.mark.gpu
@@ -116,14 +117,7 @@ def _captured(rank: int, world_size: int, device: torch.device, seed: int) -> No
         comm.all_gather(x, parts, wide)
 
     run()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph = captured(run)
     for i in range(20):
         q = problem((300, 4096), BF16, world_size, seed + 1 + i, device)
         q = solved(q.inputs, q.residual, p.gamma, p.scale, 0.0)

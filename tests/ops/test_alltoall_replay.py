@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from flashinfer import comm
-from flashinfer.core import launch, replay
+from flashinfer.core import replay
 from flashinfer.ops import alltoall as ops
 from flashinfer.ops.alltoall import Room
 from tests.ops.common import force
-from tests.ops.test_replay import Compiled, as_addresses
+from tests.ops.test_replay import Compiled, log_launches
 
 
 class Neighbours:
@@ -46,14 +46,7 @@ def test_repeated_calls_launch_what_checked_calls_would(others: int, monkeypatch
     force(monkeypatch, "alltoall", "triton", skip=False)
     log = Compiled()
     kinds: list[list[str]] = []
-
-    def call(self: Any, grid: Any, key: Any, arguments: tuple[Any, ...], device: Any, **options: Any) -> None:
-        log.log.append(("first", grid, as_addresses(arguments)))
-        if replay.recording.tensors is not None:
-            replay.recording.launches.append(launch.again(log, grid, arguments, 0, False))
-
-    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0, raising=False)
-    monkeypatch.setattr(launch.Prebound, "__call__", call)
+    log_launches(monkeypatch, log)
     peers = Neighbours()
     room = Room(peers, 9, ops.room_bytes(2, 9, 2048, 1024))  # type: ignore[arg-type]
 

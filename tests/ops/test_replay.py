@@ -266,15 +266,9 @@ def as_addresses(x: Any) -> Any:
     return tuple(map(as_addresses, x)) if isinstance(x, tuple) else x
 
 
-@pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
-    """The Triton implementations on tensors that look like those of a GPU, launching nothing."""
-    pytest.importorskip("triton")
+def log_launches(monkeypatch: pytest.MonkeyPatch, found: Compiled) -> None:
+    """Launches, first and repeated ones, go to `found.log`; tensors look like those of a GPU."""
     from flashinfer.core import launch
-
-    for op in OPS:
-        force(monkeypatch, op, "triton")
-    found = Compiled()
 
     def call(self: Any, grid: Any, key: Any, arguments: tuple[Any, ...], device: Any, **options: Any) -> None:
         found.log.append(("first", grid, as_addresses(arguments)))
@@ -283,6 +277,16 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
 
     monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0, raising=False)
     monkeypatch.setattr(launch.Prebound, "__call__", call)
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Compiled:
+    """The Triton implementations on tensors that look like those of a GPU, launching nothing."""
+    pytest.importorskip("triton")
+    for op in OPS:
+        force(monkeypatch, op, "triton")
+    found = Compiled()
+    log_launches(monkeypatch, found)
     return found
 
 

@@ -60,7 +60,7 @@ class Bench:
 
     def time_ms(self, run: Callable[[], object]) -> float:
         run()
-        self.timed.append(self.configs._imposed.get())
+        self.timed.append(self.configs.imposed.get())
         run()
         return 1.0 if len(self.timed) % 100 == self.wanted + 1 else 2.0
 

@@ -139,7 +139,7 @@ def test_every_candidate_is_judged_under_its_schedule_then_timed(monkeypatch: py
     broken, wrong = Schedule(True, True), Schedule(False, False)
 
     def call(shape: Any, inputs: Any) -> Any:
-        schedule = configs._imposed.get()
+        schedule = configs.imposed.get()
         made = plain_row.call(shape, inputs)
         if schedule == broken:
             raise RuntimeError("out of registers")

@@ -173,9 +173,9 @@ def test_every_candidate_is_judged_then_timed(monkeypatch: pytest.MonkeyPatch, k
 
         def run() -> None:
             made.run()
-            if configs._imposed.get() == broken:
+            if configs.imposed.get() == broken:
                 raise RuntimeError("out of registers")
-            if configs._imposed.get() == wrong:
+            if configs.imposed.get() == wrong:
                 made.out[-1].mul_(1.1)
 
         return replace(made, run=run)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import flashinfer
+from tests.ops.common import captured
 
 from .common import (
     DEVICE,
@@ -98,19 +99,6 @@ def test_host_plans_in_flight_do_not_disturb_each_other(rng):
         given[0].fill_(0), given[2].fill_(1)
     for problem, result in zip(problems, results, strict=True):
         check(problem, *result)
-
-
-def captured(run) -> torch.cuda.CUDAGraph:
-    """`run` warmed up on a side stream, then captured."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph
 
 
 def fixed_pages(case: Case, num_pages: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from importlib.resources import files
 from typing import NamedTuple
 
 import torch
 
+from flashinfer.core.tuning import Imposed
 from flashinfer.ops.attention.device.hooks import Traits
 from flashinfer.ops.attention.device.planner import PlannerConfig
 from flashinfer.ops.attention.gluon_sm90.kernel import GROUPS, GluonConfig
@@ -37,17 +35,7 @@ class Schedule(NamedTuple):
     turns: bool
 
 
-_imposed: ContextVar[Schedule | None] = ContextVar("_imposed", default=None)
-
-
-@contextmanager
-def imposed(schedule: Schedule) -> Iterator[None]:
-    """For measuring: plans made inside, in this thread, get `schedule` instead of the tuned one."""
-    token = _imposed.set(schedule)
-    try:
-        yield
-    finally:
-        _imposed.reset(token)
+imposed: Imposed[Schedule] = Imposed()
 
 
 @cache
@@ -62,7 +50,7 @@ def tuned() -> dict[tuple[int, bool], Schedule]:
 
 def choose(spec: AttentionSpec, traits: Traits) -> GluonConfig:
     """The kernel for `spec`."""
-    return configured(spec, traits, _imposed.get() or tuned()[spec.head_dim_qk, traits.masks])
+    return configured(spec, traits, imposed.get() or tuned()[spec.head_dim_qk, traits.masks])
 
 
 @cache

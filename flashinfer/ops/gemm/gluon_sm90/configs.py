@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import NamedTuple
 
-from flashinfer.core import replay, tuning
+from flashinfer.core import tuning
 from flashinfer.core.arch import Arch
+from flashinfer.core.tuning import Imposed
 from flashinfer.device.finish import PAIRED, SINGLE
 from flashinfer.ops.gemm.gluon_sm90.kernel import FP8_BITS, GemmConfig
 from flashinfer.ops.gemm.measured import Size, size_of, tuning_key
@@ -112,18 +110,7 @@ RULES = {
     (512, 4): ("256x128", "128x128"),
 }
 
-_imposed: ContextVar[Tile | None] = ContextVar("_imposed", default=None)
-
-
-@contextmanager
-def imposed(tile: Tile) -> Iterator[None]:
-    """For measuring: products inside, in this thread, get `tile`."""
-    token = _imposed.set(tile)
-    try:
-        with replay.paused():
-            yield
-    finally:
-        _imposed.reset(token)
+imposed: Imposed[Tile] = Imposed()
 
 
 @cache
@@ -149,7 +136,7 @@ def bits_of(spec: GemmSpec) -> int:
 def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, finishes: bool) -> Launch:
     """The launch for about `num_rows` rows of all groups together. finishes: whether anything is done to the sums."""
     load = _workload(spec, arch, num_rows, num_groups, finishes)
-    tile = _imposed.get() or _tile_of(spec, arch, load, size_of(num_rows, num_groups), tuning.generation())
+    tile = imposed.get() or _tile_of(spec, arch, load, size_of(num_rows, num_groups), tuning.generation())
     return _configured(spec, load, tile)
 
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib.resources import files
@@ -13,8 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from flashinfer.core import replay, tuning
+from flashinfer.core import tuning
 from flashinfer.core.arch import Arch
+from flashinfer.core.tuning import Imposed
 from flashinfer.device.finish import PAIRED, SINGLE
 from flashinfer.ops.gemm.measured import Size, size_of, tuning_key
 from flashinfer.ops.gemm.spec import FP4_BLOCK, FP8_BLOCK, GemmSpec
@@ -89,18 +87,7 @@ OTHERS = {
 # fp32 is multiplied without tensor cores.
 WIDE = {height: Tile(min(height, 64), 64, 32, 4, 2) for height in HEIGHTS}
 
-_imposed: ContextVar[Tile | None] = ContextVar("_imposed", default=None)
-
-
-@contextmanager
-def imposed(tile: Tile) -> Iterator[None]:
-    """For measuring: products inside, in this thread, get `tile`."""
-    token = _imposed.set(tile)
-    try:
-        with replay.paused():
-            yield
-    finally:
-        _imposed.reset(token)
+imposed: Imposed[Tile] = Imposed()
 
 
 def operands_of(spec: GemmSpec) -> str:
@@ -134,7 +121,7 @@ def choose(spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int, expected_
     room = FP8_BLOCK if spec.layout == "equal" and num_rows % (num_groups * FP8_BLOCK) == 0 else 0
     few = 0 if tiles_m >= arch.num_sms else max(tiles_m, 1)
     size = _size(num_rows, num_groups, expected_rows)
-    tile = _imposed.get() or _tile_of(spec, arch, height, size, tuning.generation())
+    tile = imposed.get() or _tile_of(spec, arch, height, size, tuning.generation())
     return _configured(spec, arch, few, group_block, room, tile)
 
 
