@@ -198,6 +198,12 @@ def shared_by(count: int, scales: int) -> int:
     return 1 if scales == count else FP8_BLOCK
 
 
+def most_row_tiles(num_rows: int, num_groups: int, block_m: int) -> int:
+    """Tiles of `block_m` rows that so many rows can fall into: every group may end within one."""
+    partial = min(num_groups, num_rows)
+    return (num_rows - partial) // block_m + partial
+
+
 def mappable(x: torch.Tensor) -> bool:
     """Whether a tensor map can describe `x`: innermost stride 1, everything else in multiples of 16 bytes."""
     return x.data_ptr() % MAP_BYTES == 0 and _mappable(x.shape, x.stride(), x.element_size())

@@ -21,7 +21,7 @@ from flashinfer.ops.gemm.gluon_sm90.producer import COPY, Scattered
 from flashinfer.ops.gemm.gluon_sm90.scales import Scales
 from flashinfer.ops.gemm.gluon_sm90.schedule import Groups
 from flashinfer.ops.gemm.measured import measure, measuring
-from flashinfer.ops.gemm.spec import FP4_BLOCK, Gemm, GemmSpec, Rows, Weights
+from flashinfer.ops.gemm.spec import FP4_BLOCK, Gemm, GemmSpec, Rows, Weights, most_row_tiles
 
 Box = tuple[int, ...]
 # Groups, and tiles a program, from which on tiles are taken by whoever is free: where warpgroups share a tile by its
@@ -72,10 +72,8 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
 
 
 def most_tiles(config: GemmConfig, spec: GemmSpec, num_rows: int, num_groups: int) -> int:
-    """Tiles that there can be: every group may end within one."""
-    partial = min(num_groups, num_rows)
-    row_tiles = (num_rows - partial) // config.block_m + partial
-    return row_tiles * -(-spec.out_cols // config.out_columns)
+    """Tiles that there can be."""
+    return most_row_tiles(num_rows, num_groups, config.block_m) * -(-spec.out_cols // config.out_columns)
 
 
 def shares_rows(config: GemmConfig) -> bool:

@@ -12,7 +12,7 @@ from flashinfer.core.arch import Arch
 from flashinfer.core.launch import Prebound, integer_classes, pointers, token
 from flashinfer.device.finish import Finish, finish_with
 from flashinfer.ops.gemm.measured import measure, measuring
-from flashinfer.ops.gemm.spec import FP4_BLOCK, Epilogue, Gemm, GemmSpec, Rows, Weights
+from flashinfer.ops.gemm.spec import FP4_BLOCK, Epilogue, Gemm, GemmSpec, Rows, Weights, most_row_tiles
 from flashinfer.ops.gemm.triton.configs import Launch, choose, contenders, imposed
 from flashinfer.ops.gemm.triton.kernel import GemmConfig, grouped_gemm_kernel
 from flashinfer.ops.gemm.triton.operands import RowSide, WeightSide
@@ -60,8 +60,7 @@ def bind(spec: GemmSpec, arch: Arch) -> Callable[[Gemm], None]:
 def grid_of(launch: Launch, spec: GemmSpec, arch: Arch, num_rows: int, num_groups: int) -> int:
     """As many programs as are resident, or as there can be tiles."""
     m, n = launch.kernel.block_m, launch.kernel.block_n
-    partial = min(num_groups, num_rows)
-    tiles = (num_rows - partial) // m + partial
+    tiles = most_row_tiles(num_rows, num_groups, m)
     return max(1, min(tiles * -(-spec.out_cols // n), arch.num_sms * launch.per_sm))
 
 
